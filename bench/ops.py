@@ -1,0 +1,339 @@
+"""The op benchmark: every op beside its peers on one GPU, checked against fp64 first.
+
+    python -m m3kernels.bench.ops [--op NAME ...] [--peers NAME ...] [--quick] [--out FILE.jsonl]
+
+Writes JSON lines: one header (machine, versions, measured ceilings), then one row per (op, shape, direction, peer) as
+it comes. Needs a CUDA GPU; without one it says so and exits 2.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m3kernels.bench import gate, measure, peers, targets
+from m3kernels.bench.cases import CASES, OPS, Case, Op, Shape, Tensors, one_gemm_dweight
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SEED = 20260801
+FULL = measure.Budget(seconds=0.25, rounds=5)
+QUICK = measure.Budget(seconds=0.1, rounds=3)
+GEMM_CEILING = "8192x4096x131072"
+
+
+@dataclass
+class Data:
+    """One case's inputs, output gradients and fp64 answers; never written after they are made."""
+
+    inputs: Tensors
+    grads: Tensors
+    reference: Tensors
+
+
+@dataclass
+class Contender:
+    """One peer on one case: its own copies of the inputs, its errors against fp64, and which copies it overwrites."""
+
+    name: str
+    status: str = gate.OK
+    reason: str = ""
+    function: peers.Function | None = None
+    inputs: Tensors = field(default_factory=dict)
+    grads: Tensors = field(default_factory=dict)
+    errors: dict[str, gate.Error] = field(default_factory=dict)
+    overwrites: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+    def restore(self) -> None:
+        # .data: the peer wrote behind autograd's back too, and saved tensors must not look modified
+        for _, mine, pristine in self.overwrites:
+            mine.data.copy_(pristine)
+
+
+def make_data(case: Case, device: torch.device) -> Data:
+    op = OPS[case.op]
+    g = torch.Generator(device).manual_seed(SEED)
+    inputs = op.inputs(case.shape, device, g)
+    grads = {}
+    for name, like in op.outputs.items():
+        if like is not None:
+            grads[name] = torch.empty_like(inputs[like]).normal_(generator=g)
+    return Data(inputs, grads, op.reference(case.shape, inputs, grads))
+
+
+def differentiate(op: Op, shape: Shape, outputs: tuple[Tensor, ...], inputs: Tensors, grads: Tensors, keep: bool):
+    given = [grads[n] for n in op.outputs] if grads else None
+    return torch.autograd.grad(outputs, [inputs[n] for n in op.wrt(shape)], given, retain_graph=keep)
+
+
+def run_once(op: Op, shape: Shape, function: peers.Function, inputs: Tensors, grads: Tensors) -> Tensors:
+    """Outputs by name and gradients as ``d<input>``; scratch memory is filled with NaN first, to expose what is unwritten."""
+    poison = [torch.full_like(t, math.nan) for t in inputs.values() if t.is_floating_point()]
+    poison += [torch.full_like(t, math.nan) for t in grads.values()]
+    del poison
+    outputs = function(inputs)
+    results = {n: o.detach() for n, o in zip(op.outputs, outputs)}
+    # a peer's backward may write into its outputs' memory
+    results = {n: o.clone() for n, o in results.items()}
+    found = differentiate(op, shape, outputs, inputs, grads, keep=False)
+    return results | {f"d{n}": d for n, d in zip(op.wrt(shape), found)}
+
+
+def enter(name: str, build: Callable, case: Case, data: Data, eager: Contender | None) -> Contender:
+    """Builds a peer, runs it once on its own copies and judges it beside eager (None: this is eager)."""
+    op, me = OPS[case.op], Contender(name)
+    wrt = op.wrt(case.shape)
+    try:
+        me.function = build(case.shape, data.inputs)
+        me.inputs = {n: t.detach().clone().requires_grad_(n in wrt) for n, t in data.inputs.items()}
+        me.grads = {n: t.clone() for n, t in data.grads.items()}
+        results = run_once(op, case.shape, me.function, me.inputs, me.grads)
+    except ImportError as error:
+        return Contender(name, "missing", measure.reason(error))
+    except Exception as error:  # a peer's failure is a result, not the end of the run
+        return Contender(name, "failed", measure.reason(error))
+    me.errors = gate.distances(results, data.reference)
+    for group, pristine in ((me.inputs, data.inputs), (me.grads, data.grads)):
+        for n, t in group.items():
+            if not torch.equal(t.detach(), pristine[n]):
+                me.overwrites.append((n, t, pristine[n]))
+    wrong = dtype_error(op, results, data.inputs)
+    if eager is None:
+        verdict = gate.judge_eager(me.errors)
+    elif not eager.errors:
+        verdict = gate.Verdict("unchecked", "eager gave nothing to compare with")
+    else:
+        verdict = gate.judge(me.errors, eager.errors, strict=name == peers.OURS)
+    me.status, me.reason = (gate.WRONG, wrong) if wrong else (verdict.status, verdict.reason)
+    me.restore()
+    return me
+
+
+def dtype_error(op: Op, results: Tensors, inputs: Tensors) -> str:
+    """Outputs and gradients have their input's dtype; a loss may have any."""
+    expected = {n: inputs[like].dtype for n, like in op.outputs.items() if like}
+    expected |= {n: inputs[n[1:]].dtype for n in results if n not in op.outputs}
+    return "; ".join(f"{n} is {results[n].dtype}, not {d}" for n, d in expected.items() if results[n].dtype != d)
+
+
+def trial(me: Contender, case: Case, direction: str) -> measure.Trial:
+    op = OPS[case.op]
+    if direction == "forward":
+        return measure.Trial(lambda: me.function(me.inputs), me.restore)
+    if direction == "backward":
+        outputs = me.function(me.inputs)
+        me.restore()
+        return measure.Trial(lambda: differentiate(op, case.shape, outputs, me.inputs, me.grads, True), me.restore)
+    return measure.Trial(
+        lambda: differentiate(op, case.shape, me.function(me.inputs), me.inputs, me.grads, False), me.restore
+    )
+
+
+def contenders(case: Case, data: Data, chosen: tuple[str, ...]) -> dict[str, Contender]:
+    """Everyone who takes part, in reporting order; eager always runs, since it sets the bound for the others."""
+    entered: dict[str, Contender] = {}
+    for name in peers.ORDER:
+        build = peers.PEERS[case.op].get(name)
+        if build is not None and (name in chosen or name == "eager"):
+            entered[name] = enter(name, build, case, data, entered.get("eager"))
+    return entered
+
+
+def bench_case(case: Case, gpu: measure.Gpu, budget: measure.Budget, ceilings: dict, chosen: tuple[str, ...]):
+    """Yields the rows of one case."""
+    op, data = OPS[case.op], make_data(case, gpu.device)
+    entered = contenders(case, data, chosen)
+    one_gemm = None
+    if "dweight" in data.reference and case.op == "linear_cross_entropy":
+        one_gemm = gate.distance(one_gemm_dweight(data.inputs), data.reference["dweight"]).relative
+    data.reference.clear()
+    for direction in op.directions:
+        rows = {name: base_row(case, direction, me, entered["eager"], one_gemm) for name, me in entered.items()}
+        ready = {}
+        for name, me in entered.items():
+            if me.status in (gate.OK, gate.IMPRECISE):
+                try:
+                    ready[name] = trial(me, case, direction)
+                    rows[name]["peak_bytes"] = gpu.peak_bytes(ready[name])
+                except Exception as error:  # a peer's failure is a result, not the end of the run
+                    ready.pop(name, None)
+                    rows[name] |= {"status": "failed", "reason": measure.reason(error)}
+        time_rows(rows, ready, op, gpu, budget)
+        cost = op.cost(case.shape, direction)
+        limit = cost.limit_ms(ceilings["copy_bytes_s"], ceilings["gemm_flops_s"][GEMM_CEILING])
+        for row in rows.values():
+            best = time_of(row)
+            row |= {"bytes": cost.bytes, "flops": cost.flops, "limit_ms": limit}
+            row["percent_of_limit"] = None if best is None else 100 * limit / best
+            yield row
+        del ready
+        torch.cuda.empty_cache()
+
+
+def time_rows(rows: dict, ready: dict[str, measure.Trial], op: Op, gpu: measure.Gpu, budget: measure.Budget) -> None:
+    """Fills the time columns: from Python for all, in a graph for those that can be captured."""
+    for name, timed in gpu.time_python(ready, budget).items():
+        if isinstance(timed, str):
+            rows[name] |= {"status": "failed", "reason": timed}
+            ready.pop(name)
+        else:
+            stats, host_us = timed
+            rows[name] |= {"python_ms": stats.median, "python_p20": stats.p20, "python_p80": stats.p80}
+            rows[name] |= {"host_us": host_us, "python_samples": stats.samples}
+    if not op.graph:
+        for name in ready:
+            rows[name]["graph_reason"] = "not tried: milliseconds of GEMM a call, and Liger and CCE synchronise inside"
+        return
+    for name, stats in gpu.time_graphs(ready, budget).items():
+        if isinstance(stats, str):
+            rows[name]["graph_reason"] = stats
+        else:
+            rows[name] |= {"graph_ms": stats.median, "graph_p20": stats.p20, "graph_p80": stats.p80}
+            rows[name]["graph_samples"] = stats.samples
+
+
+def base_row(case: Case, direction: str, me: Contender, eager: Contender, one_gemm: float | None) -> dict:
+    """A row with everything but times; a direction is judged on all of the peer's results, not its own half."""
+    row = {"kind": "row", "op": case.op, "label": case.label, "direction": direction, "peer": me.name}
+    row |= {"status": me.status, "reason": me.reason, "graph_ms": None, "python_ms": None, "graph_reason": None}
+    row |= {"peak_bytes": None, "overwrites": [n for n, _, _ in me.overwrites]}
+    row["errors"] = {n: e.as_json() for n, e in me.errors.items()}
+    row["eager_errors"] = {n: e.as_json() for n, e in eager.errors.items()}
+    if me.errors and eager.errors:
+        excess = gate.largest_excess(me.errors, eager.errors)
+        row["error_over_eager"] = excess if math.isfinite(excess) else None
+    if one_gemm is not None and "dweight" in me.errors:
+        ratio = me.errors["dweight"].relative / one_gemm
+        row["dweight_error_over_one_gemm"] = ratio if math.isfinite(ratio) else None
+    return row
+
+
+def time_of(row: dict) -> float | None:
+    """Milliseconds that a row is compared by: device time where it was captured, else from Python."""
+    return row["graph_ms"] if row["graph_ms"] is not None else row["python_ms"]
+
+
+def show(row: dict) -> str:
+    """A row as one line of the running log; WRONG, missing and failed stand where the time would."""
+    name = f"{row['op']} {row['label']} {row['direction']}"
+    head = f"{name:<66} {row['peer']:<14}"
+    if time_of(row) is None:
+        return f"{head} {row['status']}: {row['reason']}"
+    graph = "graph      –    " if row["graph_ms"] is None else f"graph {row['graph_ms']:8.4f} ms"
+    line = f"{head} {graph}  python {row['python_ms']:8.4f} ms  host {row['host_us']:5.0f} us"
+    line += f"  {row['percent_of_limit']:5.1f} %  peak {row['peak_bytes'] / 2**20:8.1f} MiB"
+    line += f"  error/eager {row['error_over_eager']:.2f}" if row.get("error_over_eager") is not None else ""
+    if row.get("dweight_error_over_one_gemm") is not None:
+        line += f"  dweight/one GEMM {row['dweight_error_over_one_gemm']:.2f}"
+    return line + (f"  ({row['status']})" if row["status"] != gate.OK else "")
+
+
+def header(gpu: measure.Gpu, ceilings: dict, quick: bool) -> dict:
+    import transformers
+    import triton
+
+    properties = torch.cuda.get_device_properties(gpu.device)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    return {
+        "kind": "header",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": driver(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions | {"transformers": transformers.__version__, "cuda": torch.version.cuda},
+        "peers": peers.peer_versions(),
+        "quick": quick,
+        "ceilings": ceilings,
+        "flush_bytes": measure.FLUSH_BYTES,
+        "graph_timer": "events inside the graph" if gpu.in_graph_events else "events around a replay",
+    }
+
+
+def commit() -> str:
+    """``M3K_COMMIT``, else what git says, else ``unknown``."""
+    if os.environ.get("M3K_COMMIT"):
+        return os.environ["M3K_COMMIT"]
+    return _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD") or "unknown"
+
+
+def driver() -> str | None:
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return lines[0] if lines else None
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def default_path(head: dict) -> Path:
+    """``results/<gpu>/<date>-<commit>.jsonl``, the name that ``report`` looks for."""
+    slug = re.sub(r"[^a-z0-9]+", "-", head["gpu"].lower()).strip("-")
+    return RESULTS / slug / f"{head['date'][:10]}-{head['commit']}.jsonl"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m m3kernels.bench.ops", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS), help="only these ops")
+    parser.add_argument("--peers", nargs="+", choices=peers.ORDER, default=peers.ORDER, help="only these (and eager)")
+    parser.add_argument("--quick", action="store_true", help="one shape an op and fewer repeats, about a minute")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<gpu>/<date>-<commit>.jsonl")
+    parser.add_argument("--seconds", type=float, default=480, help="start no further case after this long (480)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if not torch.cuda.is_available():
+        print(
+            "m3kernels.bench.ops needs a CUDA GPU with bf16 (about 60 GiB free for the largest rows): torch "
+            f"{torch.__version__} sees none. Run it on a GPU machine; results are read by m3kernels.bench.report.",
+            file=sys.stderr,
+        )
+        return 2
+    begun, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
+    gpu = measure.Gpu(device)
+    with torch.cuda.stream(gpu.stream):
+        ceilings = gpu.ceilings()
+        head = header(gpu, ceilings, args.quick)
+        path = args.out or default_path(head)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = []
+        with path.open("w") as file:
+            print(json.dumps(head), file=file, flush=True)
+            print(json.dumps(head, indent=1))
+            for case in CASES:
+                if case.op not in args.op or (args.quick and not case.quick):
+                    continue
+                if time.monotonic() - begun > args.seconds:
+                    print(f"skipped {case.op} {case.label}: {args.seconds:.0f} s are over", flush=True)
+                    continue
+                for row in bench_case(case, gpu, QUICK if args.quick else FULL, ceilings, args.peers):
+                    rows.append(row)
+                    print(json.dumps(row), file=file, flush=True)
+                    print(f"{time.monotonic() - begun:4.0f} s  {show(row)}", flush=True)
+                torch.cuda.empty_cache()
+    print(targets.table(rows))
+    print(f"wrote {path} in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Fused operations. Nothing here knows a model; each file holds one op with its formula, kernel and reference."""
+
+from m3kernels.ops._common import KernelLaunchError
+from m3kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from m3kernels.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from m3kernels.ops.rotary import (
+    llama4_scale,
+    rotary,
+    rotary_2d,
+    rotary_2d_reference,
+    rotary_2d_table,
+    rotary_reference,
+    rotary_table,
+)
+from m3kernels.ops.swiglu import swiglu, swiglu_reference
+
+__all__ = [
+    "KernelLaunchError",
+    "add_rms_norm",
+    "add_rms_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "llama4_scale",
+    "rms_norm",
+    "rms_norm_reference",
+    "rotary",
+    "rotary_2d",
+    "rotary_2d_reference",
+    "rotary_2d_table",
+    "rotary_reference",
+    "rotary_table",
+    "swiglu",
+    "swiglu_reference",
+]

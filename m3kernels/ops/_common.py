@@ -1,0 +1,148 @@
+"""What every op shares: the choice of a backend, guarded launches, and one registration for eager and compiled calls."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from m3kernels.ops._triton import HAS_TRITON, INTERPRET
+
+BACKENDS = ("auto", "triton", "reference")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class KernelLaunchError(RuntimeError):
+    """A Triton kernel failed to compile or to launch; the message names the op and the shapes."""
+
+
+def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
+    """Whether a call takes the kernel. ``auto`` does on CUDA/ROCm (anywhere under ``TRITON_INTERPRET=1``) in fp32, bf16, fp16.
+
+    Raises:
+        ValueError: unknown backend, tensors on different devices, or ``triton`` asked for where it cannot run.
+        TypeError: a tensor that is not floating point, or a DTensor.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
+    device = tensors[0].device
+    for t in tensors:
+        if t.device != device:
+            found = ", ".join(str(t.device) for t in tensors)
+            raise ValueError(f"{op}: all tensors must be on one device, got {found}; move them with .to({device})")
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: needs floating-point tensors, got {t.dtype}; dequantise or cast it first")
+        if type(t).__name__ == "DTensor":
+            raise TypeError(f"{op}: DTensor is not supported; pass the local shard (tensor.to_local())")
+    if backend == "reference":
+        return False
+    why_not = _why_no_triton(device.type) or next(
+        (f"{t.dtype} is not one of fp32, bf16, fp16" for t in tensors if t.dtype not in TRITON_DTYPES), ""
+    )
+    if backend == "triton" and why_not:
+        raise ValueError(f"{op}: backend='triton' cannot run here: {why_not}; use backend='auto' or 'reference'")
+    return not why_not
+
+
+@cache
+def _why_no_triton(device_type: str) -> str:
+    if not HAS_TRITON:
+        return "triton is not installed (pip install 'triton>=3.6')"
+    if device_type != "cuda" and not INTERPRET:
+        return f"tensors are on {device_type}; kernels run on cuda (or anywhere with TRITON_INTERPRET=1)"
+    return ""
+
+
+def launch(op: str, kernel, grid: tuple[int, ...], *args, **meta) -> None:
+    """Launch ``kernel`` on the device of its first argument; a failure names the op and the shapes."""
+    first = args[0]
+    try:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                kernel[grid](*args, **meta)
+        else:
+            kernel[grid](*args, **meta)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in args if isinstance(a, Tensor))
+        raise KernelLaunchError(
+            f"{op}: kernel launch failed on {first.device} for {shapes}, grid {grid}: {error}"
+        ) from error
+
+
+@cache
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of ``device``; under the interpreter a small number, since programs run one after the other."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op: str, *grads: Tensor):
+        ctx.op = op
+        return grads if len(grads) > 1 else grads[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.op}: double backward is not implemented; use backend='reference' where second derivatives are needed"
+        )
+
+
+def fused_op(
+    name: str,
+    *,
+    forward: Callable,
+    forward_fake: Callable,
+    backward: Callable,
+    backward_fake: Callable,
+    setup_context: Callable,
+    gradients: Callable,
+) -> Callable:
+    """One differentiable op out of two launchers, reached with little overhead in eager mode and traceable in compiled mode.
+
+    ``torch.library`` dispatch costs about 60 us a call, so eager calls go straight to an ``autograd.Function``; under
+    ``torch.compile`` the same launchers are reached as ``torch.ops.m3kernels.<name>`` and ``<name>_backward``.
+
+    Args:
+        forward, backward: launchers with annotated signatures; they return new tensors and never write their inputs.
+        forward_fake, backward_fake: shapes and dtypes of what they return.
+        setup_context: ``(ctx, inputs, output)``, saves what the backward needs.
+        gradients: ``(ctx, run_backward, *output_grads)``, returns one gradient per input of ``forward``.
+    """
+    registered = torch.library.custom_op(f"m3kernels::{name}", forward, mutates_args=())
+    registered.register_fake(forward_fake)
+    registered_backward = torch.library.custom_op(f"m3kernels::{name}_backward", backward, mutates_args=())
+    registered_backward.register_fake(backward_fake)
+    registered.register_autograd(
+        lambda ctx, *grads: gradients(ctx, registered_backward, *grads), setup_context=setup_context
+    )
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            with torch.no_grad():
+                grads = gradients(ctx, backward, *grads)
+            if not torch.is_grad_enabled():
+                return grads
+            at = [i for i, g in enumerate(grads) if g is not None]
+            refusing = _RefuseDoubleBackward.apply(name, *(grads[i].detach().requires_grad_() for i in at))
+            refusing = refusing if isinstance(refusing, tuple) else (refusing,)
+            out = list(grads)
+            for i, g in zip(at, refusing):
+                out[i] = g
+            return tuple(out)
+
+    Eager.__name__ = Eager.__qualname__ = name
+
+    def call(*inputs):
+        return registered(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+
+    return call

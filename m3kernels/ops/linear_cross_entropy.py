@@ -1,0 +1,584 @@
+"""Linear layer and cross-entropy in one op that never holds all logits.
+
+    logits = hidden @ weight.T        loss_t = lse_t - (1 - s) * logits[t, label_t] - s * mean(logits_t) + z * lse_t^2
+
+with ``lse_t = logsumexp(logits_t)``, label smoothing ``s`` and z-loss ``z``. Matches ``lm_head`` followed by
+``ForCausalLMLoss`` of transformers (logits in the activations' dtype, the loss in fp32), labels already shifted.
+
+Rows go through in chunks. cuBLAS makes a chunk of logits; one kernel reads it twice and turns it into its gradient in place,
+
+    dlogits = scale_t * (softmax(logits_t) * (1 + 2 * z * lse_t) - (1 - s) * onehot(label_t) - s / vocab),
+
+and cuBLAS makes ``dhidden`` and ``dweight`` of that, all in the forward: the backward only multiplies by the incoming
+gradient. Accumulating ``dweight`` in bf16 rounds it once a chunk, so chunks are few (``MAX_ROUNDINGS``) or the sum is fp32.
+Nothing is computed for a weight or hidden state that needs no gradient, nor for ignored rows when the labels are on the
+host; labels on the GPU never cost a synchronisation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3kernels.ops._common import fused_op, launch, sm_count, use_triton
+from m3kernels.ops._triton import tl, triton
+
+LOGITS_BYTES = 256 * 2**20
+# a bf16 sum of k chunks has about sqrt((1 + (k + 1) / 2) / 2) times the error of one bf16 GEMM: 1.5 for k = 6
+MAX_ROUNDINGS = 6
+# an fp32 sum is read and written once a chunk; more chunks than this and that traffic shows beside the GEMMs
+MAX_FP32_CHUNKS = 16
+# fp16 holds nothing below 6e-8: gradients stay scaled up, and unscaled in fp32 at the end
+FP16_SCALE = 1024.0
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Columns a program reads at a time, and its warps; one program handles one row."""
+
+    block: int = 4096
+    warps: int = 8
+
+
+CONFIG = RowConfig()
+
+
+@triton.jit
+def cross_entropy_kernel(
+    p_logits,
+    p_label,
+    p_scale,
+    p_loss,
+    p_correct,
+    row_stride,
+    scale_stride,
+    vocab,
+    ignore_index,
+    smoothing,
+    z_loss,
+    BLOCK: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    WANTS_CORRECT: tl.constexpr,
+):
+    LOG2E: tl.constexpr = 1.4426950408889634
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(p_label + row).to(tl.int64)
+    p_row = p_logits + row * row_stride
+    o_lane = tl.arange(0, BLOCK)
+    loss = 0.0
+    correct = 0.0
+
+    if label == ignore_index:
+        if WRITES_GRADIENT:
+            for start in range(0, vocab, BLOCK):
+                tl.store(p_row + start + o_lane, tl.zeros([BLOCK], p_logits.dtype.element_ty), start + o_lane < vocab)
+    else:
+        # each lane keeps its own running maximum: no reduction across threads inside the loop
+        b_max = tl.full([BLOCK], -1e30, tl.float32)
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        b_total = tl.zeros([BLOCK], tl.float32)
+        b_argmax = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, vocab, BLOCK):
+            o_col = start + o_lane
+            x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
+            b_new = tl.maximum(b_max, x)
+            b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.exp2((x - b_new) * LOG2E)
+            if WANTS_CORRECT:
+                b_argmax = tl.where(x > b_max, o_col, b_argmax)
+            if HAS_SMOOTHING:
+                b_total += tl.where(o_col < vocab, x, 0.0)
+            b_max = b_new
+        top = tl.max(b_max, axis=0)
+        lse = top + tl.log(tl.sum(b_sum * tl.exp2((b_max - top) * LOG2E), axis=0))
+        if WANTS_CORRECT:
+            first = tl.min(tl.where(b_max == top, b_argmax, 2147483647), axis=0)
+            correct = tl.where(first.to(tl.int64) == label, 1.0, 0.0)
+
+        smooth = tl.cast(smoothing, tl.float32) if HAS_SMOOTHING else 0.0
+        inside = (label >= 0) & (label < vocab)
+        x_label = tl.load(p_row + label, mask=inside, other=0.0).to(tl.float32)
+        loss = lse - (1.0 - smooth) * x_label
+        if HAS_SMOOTHING:
+            loss -= smooth * tl.sum(b_total, axis=0) / vocab
+        p_factor = 1.0
+        if HAS_Z_LOSS:
+            loss += tl.cast(z_loss, tl.float32) * lse * lse
+            p_factor = 1.0 + 2.0 * tl.cast(z_loss, tl.float32) * lse
+
+        if WRITES_GRADIENT:
+            scale = tl.load(p_scale + row * scale_stride)
+            for start in range(0, vocab, BLOCK):
+                o_col = start + o_lane
+                x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
+                # the true class is subtracted in fp32, before the one rounding
+                d = p_factor * tl.exp2((x - lse) * LOG2E) - tl.where(o_col == label, 1.0 - smooth, 0.0)
+                if HAS_SMOOTHING:
+                    d -= smooth / vocab
+                tl.store(p_row + o_col, (d * scale).to(p_logits.dtype.element_ty), mask=o_col < vocab)
+
+    tl.store(p_loss + row, loss)
+    if WANTS_CORRECT:
+        tl.store(p_correct + row, correct)
+
+
+@triton.jit
+def scale_in_place_kernel(p_x, p_scale, n, BLOCK: tl.constexpr):
+    scale = tl.load(p_scale)
+    # a gradient of exactly 1 is the common case, and known only on the device
+    if scale != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(p_x + at, mask=at < n, other=0.0).to(tl.float32)
+            tl.store(p_x + at, (x * scale).to(p_x.dtype.element_ty), mask=at < n)
+
+
+@dataclass(frozen=True)
+class _Options:
+    ignore_index: int
+    smoothing: float
+    z_loss: float
+    wants_correct: bool
+    needs_dhidden: bool
+    needs_dweight: bool
+    accumulate: str  # "auto", "weight" or "float32"
+    chunk_bytes: int  # 0: chosen here
+
+
+def _plan(rows: int, vocab: int, width: int, dtype: torch.dtype, options: _Options) -> tuple[int, bool]:
+    """(rows of logits held at once, whether the weight gradient is summed in fp32)."""
+
+    def at_least(n: int) -> int:
+        fitting = max(1, n, (options.chunk_bytes or LOGITS_BYTES) // (vocab * dtype.itemsize))
+        # whole tiles of the GEMM
+        return min(rows, -(-fitting // 128) * 128 if fitting >= 128 else fitting)
+
+    fewest = 0 if options.chunk_bytes else -(-rows // MAX_FP32_CHUNKS)
+    if not options.needs_dweight or dtype == torch.float32:
+        return at_least(0), False
+    if dtype == torch.float16 or options.accumulate == "float32":
+        return at_least(fewest), True
+    if options.accumulate == "weight":
+        return at_least(0), False
+    few = at_least(0 if options.chunk_bytes else -(-rows // MAX_ROUNDINGS))
+    # past that many rows, the few large chunks would take more memory than an fp32 sum
+    if -(-rows // few) > MAX_ROUNDINGS or (not options.chunk_bytes and few > 2 * width > 0 and rows > few):
+        return at_least(fewest), True
+    return few, False
+
+
+def _accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+    """``total (+)= dlogits.T @ hidden`` by one GEMM, whose fp32 accumulator meets ``total`` before the only rounding."""
+    beta = 0 if first else 1
+    if total.dtype == dlogits.dtype:
+        torch.addmm(total, dlogits.t(), hidden, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, dlogits.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, dlogits.t().float(), hidden.float(), beta=beta, out=total)
+
+
+def _chunked(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(losses, hits) a row and (dhidden, dweight) scaled by ``scale`` (one value, or one a row); all on one device."""
+    (rows, width), vocab = hidden.shape, weight.shape[0]
+    step, in_fp32 = _plan(rows, vocab, width, hidden.dtype, options)
+    losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    correct = torch.empty(rows if options.wants_correct else 0, dtype=torch.float32, device=hidden.device)
+    dhidden = hidden.new_empty((rows, width) if options.needs_dhidden else (0,))
+    dweight = weight.new_empty(
+        weight.shape if options.needs_dweight else (0,), dtype=torch.float32 if in_fp32 else weight.dtype
+    )
+    if rows == 0:
+        return losses, correct, dhidden, dweight.zero_()
+    buffer = hidden.new_empty((step, vocab))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        h, logits = hidden[start:stop], buffer[: stop - start]
+        torch.mm(h, weight.t(), out=logits)
+        launch(
+            "linear_cross_entropy",
+            cross_entropy_kernel,
+            (stop - start,),
+            logits,
+            labels[start:stop],
+            scale[start:stop] if scale.numel() > 1 else scale,
+            losses[start:stop],
+            correct[start:stop],
+            logits.stride(0),
+            1 if scale.numel() > 1 else 0,
+            vocab,
+            options.ignore_index,
+            options.smoothing,
+            options.z_loss,
+            BLOCK=min(CONFIG.block, triton.next_power_of_2(vocab)),
+            WRITES_GRADIENT=options.needs_dhidden or options.needs_dweight,
+            HAS_SMOOTHING=options.smoothing != 0.0,
+            HAS_Z_LOSS=options.z_loss != 0.0,
+            WANTS_CORRECT=options.wants_correct,
+            num_warps=CONFIG.warps,
+        )
+        if options.needs_dhidden:
+            torch.mm(logits, weight, out=dhidden[start:stop])
+        if options.needs_dweight:
+            _accumulate(dweight, logits, h, first=start == 0)
+    # fp16 stays in fp32 until the incoming gradient (a loss scale, usually) is known
+    return losses, correct, dhidden, dweight if hidden.dtype == torch.float16 else dweight.to(weight.dtype)
+
+
+def _rows_that_count(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_chunked` over the rows that are not ignored when the host knows them, over all rows otherwise."""
+    _check_labels(labels, weight.shape[0], options.ignore_index)
+    if labels.device.type != "cpu":
+        return _chunked(hidden, weight, labels, scale, options)
+    kept = (labels != options.ignore_index).nonzero().squeeze(1)
+    rows, labels = len(labels), labels[kept].to(hidden.device, non_blocking=True)
+    if len(kept) == rows:
+        return _chunked(hidden, weight, labels, scale, options)
+    kept = kept.to(hidden.device, non_blocking=True)
+    few_scales = scale.index_select(0, kept) if scale.numel() > 1 else scale
+    losses, correct, dhidden, dweight = _chunked(hidden.index_select(0, kept), weight, labels, few_scales, options)
+
+    def spread(few: Tensor, wanted: bool) -> Tensor:
+        return few.new_zeros((rows, *few.shape[1:])).index_copy_(0, kept, few) if wanted else few
+
+    return spread(losses, True), spread(correct, options.wants_correct), spread(dhidden, options.needs_dhidden), dweight
+
+
+def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    message = f"linear_cross_entropy: a label is neither in [0, {vocab}) nor ignore_index {ignore_index}"
+    if labels.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), message)
+    elif wrong.any():
+        raise ValueError(
+            f"{message}: found {labels[wrong][:5].tolist()}; check the tokenizer and the model's vocabulary"
+        )
+
+
+def _per_row(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    wants_correct: bool,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    accumulate: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and hits a row, and the gradients of ``sum(scale * losses)``; what is not wanted comes back empty."""
+    options = _Options(
+        ignore_index, smoothing, z_loss, wants_correct, needs_dhidden, needs_dweight, accumulate, chunk_bytes
+    )
+    if hidden.dtype != torch.float16:
+        return _rows_that_count(hidden, weight.contiguous(), labels, scale, options)
+    scaled_up = scale * FP16_SCALE if scale.numel() > 1 else torch.full_like(scale, FP16_SCALE)
+    return _rows_that_count(hidden, weight.contiguous(), labels, scaled_up, options)
+
+
+def _reduced(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    wants_correct: bool,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    accumulate: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Like :func:`_per_row` with one ``scale``, and the loss and the hits summed."""
+    options = (ignore_index, smoothing, z_loss, wants_correct, needs_dhidden, needs_dweight, accumulate, chunk_bytes)
+    losses, correct, dhidden, dweight = _per_row(hidden, weight, labels, scale, *options)
+    return losses.sum() * scale, correct.sum(), dhidden, dweight
+
+
+def _reduced_fake(hidden, weight, labels, scale, *options):
+    _, _, _, _, needs_dhidden, needs_dweight, _, _ = options[-8:]
+    loss = torch.empty((), dtype=torch.float32, device=hidden.device)
+    dhidden = hidden.new_empty(hidden.shape if needs_dhidden else (0,))
+    dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    return loss, torch.empty_like(loss), dhidden, weight.new_empty(weight.shape if needs_dweight else (0,), dtype=dtype)
+
+
+def _reduced_backward(
+    dhidden: Tensor, dweight: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """Both gradients times ``factor``, one fp32 value on the device."""
+
+    def scaled(grad: Tensor) -> Tensor:
+        if not in_place or grad.dtype != dtype:
+            return (grad * factor).to(dtype)
+        if grad.numel():
+            programs = min(triton.cdiv(grad.numel(), 4096), 8 * sm_count(grad.device))
+            args = (grad, factor, grad.numel())
+            launch("linear_cross_entropy backward", scale_in_place_kernel, (programs,), *args, BLOCK=4096)
+        return grad
+
+    return scaled(dhidden), scaled(dweight)
+
+
+def _reduced_backward_fake(dhidden, dweight, factor, dtype, in_place):
+    return torch.empty_like(dhidden, dtype=dtype), torch.empty_like(dweight, dtype=dtype)
+
+
+def _reduced_setup(ctx, inputs, output):
+    hidden, _, _, scale = inputs[:4]
+    _, hits, dhidden, dweight = output
+    ctx.dtype = hidden.dtype
+    ctx.mark_non_differentiable(hits, dhidden, dweight)
+    ctx.save_for_backward(dhidden, dweight, scale)
+
+
+def _reduced_gradients(ctx, run_backward, dloss, *_):
+    dhidden, dweight, scale = ctx.saved_tensors
+    factor = dloss * scale / FP16_SCALE if ctx.dtype == torch.float16 else dloss.contiguous()
+    # the buffers are handed over and scaled in place, unless the graph is kept for another backward
+    owned = run_backward is _reduced_backward and not torch._C._autograd._get_current_graph_task_keep_graph()
+    dhidden, dweight = run_backward(dhidden, dweight, factor, ctx.dtype, owned)
+    needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
+    return dhidden if needs_dhidden else None, dweight if needs_dweight else None, *[None] * 10
+
+
+def _losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    wants_correct: bool,
+    accumulate: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Losses and hits a row (reduction="none"); their gradient arrives a row at a time, so it is computed in the backward."""
+    unused = torch.ones(1, dtype=torch.float32, device=hidden.device)
+    options = (ignore_index, smoothing, z_loss, wants_correct, False, False, accumulate, chunk_bytes)
+    return _per_row(hidden, weight, labels, unused, *options)[:2]
+
+
+def _losses_fake(hidden, weight, labels, ignore_index, smoothing, z_loss, wants_correct, accumulate, chunk_bytes):
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    return losses, losses.new_empty(hidden.shape[0] if wants_correct else 0)
+
+
+def _losses_backward(
+    dlosses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    accumulate: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    options = (ignore_index, smoothing, z_loss, False, needs_dhidden, needs_dweight, accumulate, chunk_bytes)
+    _, _, dhidden, dweight = _per_row(hidden, weight, labels, dlosses.float().contiguous(), *options)
+    if hidden.dtype != torch.float16:
+        return dhidden, dweight
+    up = FP16_SCALE if dlosses.numel() > 1 else FP16_SCALE / dlosses.float()
+    return (dhidden / up).to(hidden.dtype), (dweight / up).to(hidden.dtype)
+
+
+def _losses_backward_fake(dlosses, hidden, weight, labels, *options):
+    needs_dhidden, needs_dweight = options[3:5]
+    return hidden.new_empty(hidden.shape if needs_dhidden else (0,)), weight.new_empty(
+        weight.shape if needs_dweight else (0,)
+    )
+
+
+def _losses_setup(ctx, inputs, output):
+    hidden, weight, labels, *options, _, accumulate, chunk_bytes = inputs
+    ctx.options, ctx.chunking = options, (accumulate, chunk_bytes)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, weight, labels)
+
+
+def _losses_gradients(ctx, run_backward, dlosses, _):
+    needs = ctx.needs_input_grad[:2]
+    grads = run_backward(dlosses, *ctx.saved_tensors, *ctx.options, *needs, *ctx.chunking)
+    return *(g if needed else None for g, needed in zip(grads, needs)), *[None] * 7
+
+
+_linear_cross_entropy = fused_op(
+    "linear_cross_entropy",
+    forward=_reduced,
+    forward_fake=_reduced_fake,
+    backward=_reduced_backward,
+    backward_fake=_reduced_backward_fake,
+    setup_context=_reduced_setup,
+    gradients=_reduced_gradients,
+)
+
+_linear_cross_entropy_per_row = fused_op(
+    "linear_cross_entropy_per_row",
+    forward=_losses,
+    forward_fake=_losses_fake,
+    backward=_losses_backward,
+    backward_fake=_losses_backward_fake,
+    setup_context=_losses_setup,
+    gradients=_losses_gradients,
+)
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_token_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain PyTorch with all logits at once, the loss in fp32 (fp64 for fp64); skips ignored rows when labels are on the host."""
+    shape, vocab = labels.shape, weight.shape[0]
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    _check_labels(labels, vocab, ignore_index)
+    valid = labels != ignore_index
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = valid.nonzero().squeeze(1)
+        hidden, labels = hidden[kept.to(hidden.device)], labels[kept]
+    labels = labels.to(hidden.device)
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
+    losses = F.cross_entropy(logits, labels, **options)
+    if z_loss:
+        losses = losses + (labels != ignore_index) * z_loss * torch.logsumexp(logits, -1).square()
+    count = valid.sum().clamp(min=1).to(hidden.device)
+    if reduction == "none":
+        loss = losses if losses.shape == valid.shape else losses.new_zeros(valid.shape).index_copy(0, kept, losses)
+        loss = loss.view(shape)
+    else:
+        loss = losses.sum() / (
+            num_items_in_batch if num_items_in_batch is not None else count if reduction == "mean" else 1
+        )
+    if not return_token_accuracy:
+        return loss
+    return loss, (logits.argmax(-1) == labels).sum() / count
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_token_accuracy: bool = False,
+    accumulate_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of ``hidden @ weight.T`` against ``labels`` without holding all logits.
+
+    Args:
+        hidden: (..., width) in fp32, bf16 or fp16. Under autocast, hidden and weight are cast as ``F.linear`` would.
+        weight: (vocab, width), hidden's dtype.
+        labels: (...) integers in [0, vocab) or ``ignore_index``, one a hidden row: shift them before. Labels in host
+            memory spare the ignored rows' arithmetic; on the GPU they are not looked at from the host.
+        reduction: "mean" over labels that are not ignored, "sum", or "none" (ignored rows 0). All ignored gives 0.
+        num_items_in_batch: divides the summed loss in place of the count (transformers' name and meaning).
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+        z_loss: coefficient of ``logsumexp(logits)^2``.
+        return_token_accuracy: also return the share of labels that are the (first) largest logit.
+        accumulate_dtype: of the weight gradient's sum over chunks. None keeps its error within 1.5 times that of one
+            GEMM; ``torch.float32`` sums in fp32 (4 bytes a weight more); the weight's dtype sums in that.
+        chunk_bytes: budget for the logits held at once; None chooses (256 MiB, more where the error bound demands).
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        The loss in fp32, () or labels' shape for "none"; with ``return_token_accuracy`` a pair with the accuracy ().
+        Differentiable once in ``hidden`` and ``weight``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; a label out of range on the host (on CUDA a
+            device-side assertion, as in ``F.cross_entropy``).
+        TypeError: labels that are not integers, hidden or weight not floating point, DTensors.
+    """
+    op = "linear_cross_entropy"
+    if (
+        weight.dim() != 2
+        or hidden.dim() == 0
+        or hidden.shape[-1] != weight.shape[1]
+        or hidden.shape[:-1] != labels.shape
+    ):
+        raise ValueError(
+            f"{op}: needs hidden (..., width), weight (vocab, width) and labels (...), "
+            f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if reduction == "none" and num_items_in_batch is not None:
+        raise ValueError(f"{op}: num_items_in_batch divides a summed loss; it has no meaning with reduction='none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"{op}: chunk_bytes must be positive, got {chunk_bytes}")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    runs = use_triton(op, backend, hidden, weight)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{op}: hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}; cast one"
+        )
+    if accumulate_dtype not in (None, torch.float32, weight.dtype):
+        raise ValueError(
+            f"{op}: accumulate_dtype must be None, torch.float32 or {weight.dtype}, got {accumulate_dtype}"
+        )
+    if labels.device.type != "cpu" and labels.device != hidden.device:
+        raise ValueError(f"{op}: labels are on {labels.device}, hidden on {hidden.device}; move them together")
+    if not runs:
+        return linear_cross_entropy_reference(
+            hidden,
+            weight,
+            labels,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            num_items_in_batch=num_items_in_batch,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            return_token_accuracy=return_token_accuracy,
+        )
+
+    accumulate = {None: "auto", torch.float32: "float32"}.get(accumulate_dtype, "weight")
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    options = (ignore_index, label_smoothing, z_loss, return_token_accuracy)
+    chunking = (accumulate, chunk_bytes or 0)
+    one = torch.ones((), dtype=torch.float32, device=hidden.device)
+    count = (flat != ignore_index).sum().clamp(min=1)
+    if reduction == "none":
+        loss, hits = _linear_cross_entropy_per_row(rows, weight, flat, *options, *chunking)
+        loss, hits = loss.view(labels.shape), hits.sum()
+    else:
+        divisor = num_items_in_batch if num_items_in_batch is not None else count if reduction == "mean" else None
+        scale = one if divisor is None else one / divisor
+        grads = torch.is_grad_enabled()
+        needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
+        loss, hits, _, _ = _linear_cross_entropy(rows, weight, flat, scale, *options, *needs, *chunking)
+    return (loss, hits * (one / count)) if return_token_accuracy else loss

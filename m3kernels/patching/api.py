@@ -1,0 +1,197 @@
+"""``patch``, ``unpatch``, ``patched``, ``is_patched``."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from m3kernels.ops._common import TRITON_DTYPES, _why_no_triton
+from m3kernels.patching.classes import fuse, is_fused, unfuse
+from m3kernels.patching.report import PatchReport, Skip
+
+OLDEST_TRANSFORMERS = (5, 17)
+
+
+class PatchError(RuntimeError):
+    """A model cannot be patched as asked; nothing was changed."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT, DDP, FSDP1, DataParallel or torch.compile wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif type(model).__module__.startswith("torch.") and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def _check_transformers() -> None:
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < OLDEST_TRANSFORMERS:
+        raise PatchError(
+            f"transformers {transformers.__version__} is too old: before 5.17 its Ministral 3 takes the query scale from "
+            "the cache position, which is wrong with left padding and packing; pip install 'transformers>=5.17'"
+        )
+
+
+def _check_root(base: nn.Module) -> str:
+    from m3kernels.patching.rules import MULTIMODAL, ROOTS
+
+    for cls in type(base).__mro__:
+        if cls.__name__ in ROOTS.get(cls.__module__, ()):
+            text = getattr(getattr(base.config, "text_config", None), "model_type", "ministral3")
+            if cls.__module__ == MULTIMODAL and text != "ministral3":
+                raise PatchError(f"{cls.__name__} holds a {text!r} text model; supported there: 'ministral3'")
+            return cls.__name__
+    supported = ", ".join(name for names in ROOTS.values() for name in names)
+    raise PatchError(f"{type(base).__name__} is not supported; m3kernels patches {supported} (also inside PEFT or DDP)")
+
+
+def _chosen_ops(ops: str | Iterable[str]) -> list[str]:
+    from m3kernels.patching.rules import OPS
+
+    if ops == "all":
+        return list(OPS)
+    chosen = [ops] if isinstance(ops, str) else list(ops)
+    for op in chosen:
+        if op not in OPS:
+            near = difflib.get_close_matches(op, OPS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown op {op!r}{hint} Allowed: 'all' or any of {', '.join(OPS)}")
+    return [op for op in OPS if op in chosen]
+
+
+def _plan(base: nn.Module, ops: list[str], strict: bool) -> tuple[list, list[Skip], dict[str, int]]:
+    """(modules to fuse with their rules, modules skipped, modules fused already per op)."""
+    from m3kernels.patching.rules import RULES
+
+    rules = {(rule.source, rule.name): rule for rule in RULES if rule.op in ops}
+    todo, skipped, done = [], [], dict.fromkeys(ops, 0)
+    for name, module in base.named_modules():
+        cls = type(module)
+        original = getattr(cls, "_m3k_original", cls)
+        exact = rules.get((original.__module__, original.__name__))
+        rule = exact or next((r for c in cls.__mro__ if (r := rules.get((c.__module__, c.__name__)))), None)
+        if rule is None:
+            continue
+        if is_fused(module):
+            done[rule.op] += 1
+        elif exact is None:
+            skipped.append(Skip(rule.op, name, f"{cls.__name__} is derived from {rule.name}: patch before wrapping"))
+        elif "forward" in vars(module) and rule.op != "linear_cross_entropy":
+            skipped.append(Skip(rule.op, name, "its forward was replaced on the instance"))
+        elif wrong := rule.mismatch(module):
+            if strict:
+                raise PatchError(
+                    f"{name or rule.name}: {wrong}, which the rule for {rule.op} counts on; this transformers release has "
+                    "changed the class. Pass strict=False to leave it unfused, and please report it"
+                )
+            skipped.append(Skip(rule.op, name, wrong))
+        elif rule.op != "linear_cross_entropy" and (reason := rule.why_not(module)):
+            skipped.append(Skip(rule.op, name, reason))
+        else:
+            todo.append((name, module, rule))
+    return todo, skipped, done
+
+
+def _drop_lonely_tables(todo: list, skipped: list[Skip]) -> list:
+    """An fp32 table is only for attention layers that take one: where one of them stays unfused, the table stays too."""
+    unfused = {skip.op for skip in skipped if skip.op in ("rotary", "rotary_2d")}
+    kept = []
+    for name, module, rule in todo:
+        if rule.op in unfused and rule.forward.endswith("_table"):
+            skipped.append(Skip(rule.op, name, "an attention layer stays unfused and needs the table in its own dtype"))
+        else:
+            kept.append((name, module, rule))
+    return kept
+
+
+def _backend(base: nn.Module) -> str:
+    parameter = next(base.parameters(), None)
+    device, dtype = ("cpu", torch.float32) if parameter is None else (parameter.device.type, parameter.dtype)
+    reason = _why_no_triton(device)
+    if not reason and dtype not in TRITON_DTYPES and dtype.itemsize > 1:
+        reason = f"parameters are {dtype}"
+    return f"reference ({reason})" if reason else "triton"
+
+
+def patch(
+    model: nn.Module, *, ops: str | Iterable[str] = "all", attention: str = "auto", strict: bool = True
+) -> PatchReport:
+    """Give a Hugging Face Ministral 3 model fused forwards, in place; results stay those of the unpatched model.
+
+    Only this instance changes: its modules get subclasses of their own classes. Saving, loading, PEFT, Trainer, generate,
+    gradient checkpointing and ``torch.compile`` work as before. On CUDA the Triton kernels run, elsewhere the plain
+    PyTorch references (the report says which). Patching twice changes nothing more. Patch before ``fully_shard``.
+
+    Args:
+        model: ``Ministral3ForCausalLM``, ``Mistral3ForConditionalGeneration``, one of their inner models or heads, or
+            any of these inside PEFT, DDP or ``torch.compile`` wrappers.
+        ops: "all", or any of "rms_norm", "add_rms_norm", "rotary", "rotary_2d", "swiglu", "linear_cross_entropy".
+        attention: "auto" keeps the model's own attention implementation.
+        strict: raise when a class differs from what its rule was written for, instead of leaving it unfused.
+
+    Returns:
+        A :class:`PatchReport`: what runs fused, what does not and why; ``report.restore()`` undoes it.
+
+    Raises:
+        PatchError: another architecture, a transformers older than 5.17, or (strict) a class that has changed.
+        ValueError: an unknown op or attention.
+    """
+    if attention != "auto":
+        raise ValueError(f"attention must be 'auto' (the model's own implementation), got {attention!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch needs a model (torch.nn.Module), got {type(model).__name__}")
+    _check_transformers()
+    base = unwrap(model)
+    architecture = _check_root(base)
+    chosen = _chosen_ops(ops)
+    todo, skipped, counts = _plan(base, chosen, strict)
+    for name, module, rule in _drop_lonely_tables(todo, skipped):
+        # fusing the head is part of what the loss rule does
+        reason = rule.why_not(module) if rule.op == "linear_cross_entropy" else ""
+        if reason:
+            skipped.append(Skip(rule.op, name, reason))
+        else:
+            fuse(module, rule.forward)
+            counts[rule.op] += 1
+    kept = getattr(base.config, "_attn_implementation", None)
+    return PatchReport(
+        model=model,
+        architecture=architecture,
+        patched=counts,
+        skipped=skipped,
+        backend=dict.fromkeys(chosen, _backend(base)),
+        attention=f"the model's own ({kept})",
+    )
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`: every module gets its own class back. Returns the model; unpatched models pass through."""
+    fused = [module for module in model.modules() if is_fused(module)]
+    for module in fused:
+        if "_m3k_original" not in vars(type(module)):
+            unfuse(module)  # raises before anything is changed
+    for module in fused:
+        unfuse(module)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any module of the model runs a fused forward."""
+    return any(is_fused(module) for module in model.modules())
+
+
+@contextmanager
+def patched(model: nn.Module, **options) -> Iterator[PatchReport]:
+    """``with patched(model) as report:`` patches inside the block only. Options as :func:`patch`."""
+    with patch(model, **options) as report:
+        yield report

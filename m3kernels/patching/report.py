@@ -1,0 +1,62 @@
+"""What a patch did: counts, reasons, and the way back."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A module that keeps its own forward, and why."""
+
+    op: str
+    module: str
+    reason: str
+
+
+@dataclass
+class PatchReport:
+    """What :func:`m3kernels.patch` did to one model.
+
+    Prints as a table. As a context manager it restores the model on exit.
+
+    Attributes:
+        patched: op -> number of modules that run it.
+        skipped: modules that an op was asked for and that keep their own forward, with the reason.
+        backend: op -> "triton", or "reference" with the reason.
+        attention: what computes attention.
+    """
+
+    model: nn.Module = field(repr=False)
+    architecture: str
+    patched: dict[str, int]
+    skipped: list[Skip]
+    backend: dict[str, str]
+    attention: str
+
+    def restore(self) -> None:
+        """Undo the patch: every module gets its own class back. Same as ``m3kernels.unpatch(model)``."""
+        from m3kernels.patching.api import unpatch
+
+        unpatch(self.model)
+
+    def __enter__(self) -> "PatchReport":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.restore()
+
+    def __str__(self) -> str:
+        rows = [("op", "modules", "backend", "skipped")]
+        reasons: dict[str, Counter] = {}
+        for skip in self.skipped:
+            reasons.setdefault(skip.op, Counter())[skip.reason] += 1
+        for op, count in self.patched.items():
+            skipped = "; ".join(f"{n} x {why}" for why, n in reasons.get(op, {}).items())
+            rows.append((op, str(count), self.backend[op] if count else "-", skipped or "-"))
+        rows.append(("attention", "-", self.attention, "-"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([f"m3kernels on {self.architecture}", *lines])

@@ -1,0 +1,130 @@
+"""The table of rules: which transformers class an op replaces the forward of, and what that class must look like.
+
+Rules go by structure and signature, not by version. A class that is named here but lacks an attribute or a parameter has
+changed underneath us: that raises with ``strict=True``. A module whose configuration does not fit is skipped, reported.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from m3kernels.patching import loss, vision
+from m3kernels.patching.classes import FORWARDS
+from m3kernels.patching.text import is_silu
+
+TEXT = "transformers.models.ministral3.modeling_ministral3"
+MULTIMODAL = "transformers.models.mistral3.modeling_mistral3"
+VISION = "transformers.models.pixtral.modeling_pixtral"
+
+
+def _always(module: nn.Module) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: modules of exactly ``source.name`` get ``forward`` as part of ``op``.
+
+    Attributes:
+        attributes: the module must have them.
+        parameters: its forward must have them.
+        why_not: reason why one module's configuration does not fit, or an empty string.
+    """
+
+    op: str
+    source: str
+    name: str
+    forward: str
+    attributes: tuple[str, ...]
+    parameters: tuple[str, ...]
+    why_not: Callable[[nn.Module], str] = _always
+
+    def mismatch(self, module: nn.Module) -> str:
+        """How the class differs from what the rule was written for; empty when it does not."""
+        lacking = [a for a in self.attributes if not hasattr(module, a)]
+        if lacking:
+            return f"{self.name} has no {', '.join(lacking)}"
+        parameters = inspect.signature(type(module).forward).parameters
+        lacking = [p for p in self.parameters if p not in parameters]
+        return f"{self.name}.forward takes no {', '.join(lacking)}" if lacking else ""
+
+
+def _needs_silu(module: nn.Module) -> str:
+    return "" if is_silu(module.act_fn) else f"activation is {type(module.act_fn).__name__}, not silu"
+
+
+NORM = {"attributes": ("weight", "variance_epsilon"), "parameters": ("hidden_states",)}
+MLP = {
+    "attributes": ("gate_proj", "up_proj", "down_proj", "act_fn"),
+    "parameters": ("x",),
+    "why_not": _needs_silu,
+}
+ROTARY = {"attributes": ("inv_freq", "attention_scaling"), "parameters": ("x", "position_ids")}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "config")
+LAYER = ("hidden_states", "attention_mask", "position_embeddings")
+
+RULES = (
+    Rule("rms_norm", TEXT, "Ministral3RMSNorm", "rms_norm", **NORM),
+    Rule("rms_norm", MULTIMODAL, "Mistral3RMSNorm", "rms_norm", **NORM),
+    Rule("rms_norm", VISION, "PixtralRMSNorm", "rms_norm", **NORM),
+    Rule(
+        "add_rms_norm",
+        TEXT,
+        "Ministral3DecoderLayer",
+        "add_rms_norm",
+        ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
+        (*LAYER, "position_ids", "past_key_values", "use_cache"),
+    ),
+    Rule(
+        "add_rms_norm",
+        VISION,
+        "PixtralAttentionLayer",
+        "vision_add_rms_norm",
+        ("attention", "feed_forward", "attention_norm", "ffn_norm"),
+        LAYER,
+    ),
+    Rule(
+        "rotary",
+        TEXT,
+        "Ministral3Attention",
+        "rotary",
+        (*PROJECTIONS, "layer_idx", "attention_dropout"),
+        (*LAYER, "position_ids", "past_key_values"),
+    ),
+    Rule("rotary", TEXT, "Ministral3RotaryEmbedding", "rotary_table", **ROTARY),
+    Rule("rotary_2d", VISION, "PixtralAttention", "rotary_2d", (*PROJECTIONS, "dropout"), LAYER),
+    Rule("rotary_2d", VISION, "PixtralVisionRotaryEmbedding", "rotary_2d_table", **ROTARY),
+    Rule("swiglu", TEXT, "Ministral3MLP", "swiglu", **MLP),
+    Rule("swiglu", VISION, "PixtralMLP", "swiglu", **MLP),
+    *(
+        Rule(
+            "linear_cross_entropy",
+            source,
+            name,
+            "linear_cross_entropy",
+            ("model", "lm_head", "loss_function"),
+            ("labels", "logits_to_keep"),
+            loss.fuse_head,
+        )
+        for source, name in ((TEXT, "Ministral3ForCausalLM"), (MULTIMODAL, "Mistral3ForConditionalGeneration"))
+    ),
+)
+
+OPS = tuple(dict.fromkeys(rule.op for rule in RULES))
+
+# what patch() takes, besides wrappers around these
+ROOTS = {
+    TEXT: (
+        "Ministral3ForCausalLM",
+        "Ministral3Model",
+        "Ministral3ForSequenceClassification",
+        "Ministral3ForTokenClassification",
+        "Ministral3ForQuestionAnswering",
+    ),
+    MULTIMODAL: ("Mistral3ForConditionalGeneration", "Mistral3Model"),
+    VISION: ("PixtralVisionModel",),
+}
+
+assert all(rule.forward in FORWARDS for rule in RULES) and vision

@@ -1,0 +1,134 @@
+"""Fused forwards of the Ministral 3 text model. Each does what the transformers class it is given to does, with our ops.
+
+The unfused forward stays the other branch wherever a layer can change after patching (adapters, hooks, shards).
+"""
+
+import inspect
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from m3kernels.ops import add_rms_norm, rms_norm, rotary, rotary_table, swiglu
+from m3kernels.patching.classes import fused_forward, has_hooks, is_fused, is_plain, note_fallback, original_forward
+
+
+@fused_forward("rms_norm")
+def rms_norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    if not (is_plain(self.weight) and is_plain(hidden_states)):
+        note_fallback("rms_norm", f"{type(self.weight).__name__} weight, {type(hidden_states).__name__} input")
+        return original_forward(self)(self, hidden_states)
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual), in one pass where the norm is fused and nobody hooks into it."""
+    if is_fused(norm) and not has_hooks(norm) and is_plain(norm.weight) and is_plain(x) and is_plain(residual):
+        return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+    note_fallback("add_rms_norm", f"{type(norm).__name__} is replaced, hooked, sharded or not patched")
+    summed = residual + x
+    return norm(summed), summed
+
+
+def is_silu(activation: nn.Module) -> bool:
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+
+
+@fused_forward("swiglu")
+def mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if not is_silu(self.act_fn) or has_hooks(self.act_fn) or gate.dtype != up.dtype or not is_plain(gate):
+        note_fallback("swiglu", f"activation {type(self.act_fn).__name__}, gate {type(gate).__name__} {gate.dtype}")
+        return self.down_proj(self.act_fn(gate) * up)
+    return self.down_proj(swiglu(gate, up))
+
+
+@fused_forward("rotary_table")
+@torch.no_grad()
+@dynamic_rope_update
+def rotary_embedding_forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (batch or 1, seq, head_dim) as in transformers, but fp32 whatever the activations are."""
+    return duplicate_halves(rotary_table(self.inv_freq, position_ids.to(x.device), self.attention_scaling))
+
+
+def duplicate_halves(table: Tensor) -> tuple[Tensor, Tensor]:
+    """[cos | sin] as the pair (cos, sin) that transformers hands around, each as wide as a head."""
+    cos, sin = table.chunk(2, dim=-1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+
+def llama4_parameters(config) -> tuple[float, int] | None:
+    """(beta, original_max) of the query scale; transformers fails without them, here absent means no scale."""
+    rope = config.rope_parameters
+    beta, original_max = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    return None if beta is None or original_max is None else (beta, int(original_max))
+
+
+def attention_facts(original: type) -> dict:
+    """transformers 5.17 does not hand position_ids to the attention function, later releases do; packing depends on it."""
+    try:
+        passes = "position_ids=position_ids" in inspect.getsource(original.forward).replace(" ", "")
+    except OSError:
+        passes = True
+    eager = sys.modules[original.__module__].eager_attention_forward
+    return {"_m3k_passes_positions": passes, "_m3k_eager_attention": staticmethod(eager)}
+
+
+def attend(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
+    """The model's own attention implementation, whichever is set."""
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._m3k_eager_attention)
+    return interface(self, q, k, v, mask, scaling=self.scaling, **kwargs)
+
+
+@fused_forward("rotary", attention_facts)
+def attention_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    past_key_values=None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    input_shape = hidden_states.shape[:-1]
+    heads = (*input_shape, -1, self.head_dim)
+    q = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+    k = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+    v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+
+    q, k = rotary(q, k, position_embeddings, position_ids.to(q.device), llama4_parameters(self.config))
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, self.layer_idx)
+
+    if self._m3k_passes_positions:
+        kwargs["position_ids"] = position_ids
+    dropout = self.attention_dropout if self.training else 0.0
+    window = getattr(self.config, "sliding_window", None)
+    output, weights = attend(self, q, k, v, attention_mask, dropout=dropout, sliding_window=window, **kwargs)
+    return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+
+@fused_forward("add_rms_norm")
+def decoder_layer_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values=None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs,
+) -> Tensor:
+    attended, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    normed, residual = add_norm(self.post_attention_layernorm, attended, hidden_states)
+    return residual + self.mlp(normed)
