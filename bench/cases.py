@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-5
+BOTH = "forward+backward"
 ROPE_THETA = 1e6
 Shape = dict[str, object]
 Tensors = dict[str, Tensor]
@@ -237,7 +238,7 @@ OPS: dict[str, Op] = {
         reference=linear_cross_entropy_reference,
         cost=linear_cross_entropy_cost,
         # gradients are computed in the forward by ours and Liger, so a backward alone would time nothing
-        directions=("forward+backward",),
+        directions=(BOTH,),
         graph=False,
         report_memory=True,
     ),

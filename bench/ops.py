@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from m3kernels.bench import gate, measure, peers, targets
-from m3kernels.bench.cases import CASES, OPS, Case, Op, Shape, Tensors, one_gemm_dweight
+from m3kernels.bench.cases import BOTH, CASES, OPS, Case, Op, Shape, Tensors, one_gemm_dweight
+from m3kernels.bench.targets import time_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 20260801
@@ -90,8 +91,8 @@ def run_once(op: Op, shape: Shape, function: peers.Function, inputs: Tensors, gr
     return results | {f"d{n}": d for n, d in zip(op.wrt(shape), found)}
 
 
-def enter(name: str, build: Callable, case: Case, data: Data, eager: Contender | None) -> Contender:
-    """Builds a peer, runs it once on its own copies and judges it beside eager (None: this is eager)."""
+def enter(name: str, build: Callable, case: Case, data: Data) -> Contender:
+    """Builds a peer, runs it once on its own copies and measures its distance from fp64."""
     op, me = OPS[case.op], Contender(name)
     wrt = op.wrt(case.shape)
     try:
@@ -108,16 +109,23 @@ def enter(name: str, build: Callable, case: Case, data: Data, eager: Contender |
         for n, t in group.items():
             if not torch.equal(t.detach(), pristine[n]):
                 me.overwrites.append((n, t, pristine[n]))
-    wrong = dtype_error(op, results, data.inputs)
-    if eager is None:
-        verdict = gate.judge_eager(me.errors)
-    elif not eager.errors:
-        verdict = gate.Verdict("unchecked", "eager gave nothing to compare with")
-    else:
-        verdict = gate.judge(me.errors, eager.errors, strict=name == peers.OURS)
-    me.status, me.reason = (gate.WRONG, wrong) if wrong else (verdict.status, verdict.reason)
+    me.reason = dtype_error(op, results, data.inputs)
+    me.status = gate.WRONG if me.reason else gate.OK
     me.restore()
     return me
+
+
+def verdict(me: Contender, eager: Contender, direction: str, op: Op) -> gate.Verdict:
+    """One direction's status: forward rows stand by the outputs, backward rows by the gradients, others by both."""
+    if me.status != gate.OK:
+        return gate.Verdict(me.status, me.reason)
+    if not eager.errors:
+        return gate.Verdict("unchecked", f"eager gave nothing to compare with: {eager.reason}")
+    names = [n for n in me.errors if direction == BOTH or (n in op.outputs) == (direction == "forward")]
+    mine = {n: me.errors[n] for n in names}
+    if me is eager:
+        return gate.judge_eager(mine)
+    return gate.judge(mine, eager.errors, strict=me.name == peers.OURS)
 
 
 def dtype_error(op: Op, results: Tensors, inputs: Tensors) -> str:
@@ -146,7 +154,7 @@ def contenders(case: Case, data: Data, chosen: tuple[str, ...]) -> dict[str, Con
     for name in peers.ORDER:
         build = peers.PEERS[case.op].get(name)
         if build is not None and (name in chosen or name == "eager"):
-            entered[name] = enter(name, build, case, data, entered.get("eager"))
+            entered[name] = enter(name, build, case, data)
     return entered
 
 
@@ -162,7 +170,7 @@ def bench_case(case: Case, gpu: measure.Gpu, budget: measure.Budget, ceilings: d
         rows = {name: base_row(case, direction, me, entered["eager"], one_gemm) for name, me in entered.items()}
         ready = {}
         for name, me in entered.items():
-            if me.status in (gate.OK, gate.IMPRECISE):
+            if rows[name]["status"] in (gate.OK, gate.IMPRECISE):
                 try:
                     ready[name] = trial(me, case, direction)
                     rows[name]["peak_bytes"] = gpu.peak_bytes(ready[name])
@@ -204,9 +212,10 @@ def time_rows(rows: dict, ready: dict[str, measure.Trial], op: Op, gpu: measure.
 
 
 def base_row(case: Case, direction: str, me: Contender, eager: Contender, one_gemm: float | None) -> dict:
-    """A row with everything but times; a direction is judged on all of the peer's results, not its own half."""
+    """A row with everything but times."""
+    judged = verdict(me, eager, direction, OPS[case.op])
     row = {"kind": "row", "op": case.op, "label": case.label, "direction": direction, "peer": me.name}
-    row |= {"status": me.status, "reason": me.reason, "graph_ms": None, "python_ms": None, "graph_reason": None}
+    row |= {"status": judged.status, "reason": judged.reason, "graph_ms": None, "python_ms": None, "graph_reason": None}
     row |= {"peak_bytes": None, "overwrites": [n for n, _, _ in me.overwrites]}
     row["errors"] = {n: e.as_json() for n, e in me.errors.items()}
     row["eager_errors"] = {n: e.as_json() for n, e in eager.errors.items()}
@@ -217,11 +226,6 @@ def base_row(case: Case, direction: str, me: Contender, eager: Contender, one_ge
         ratio = me.errors["dweight"].relative / one_gemm
         row["dweight_error_over_one_gemm"] = ratio if math.isfinite(ratio) else None
     return row
-
-
-def time_of(row: dict) -> float | None:
-    """Milliseconds that a row is compared by: device time where it was captured, else from Python."""
-    return row["graph_ms"] if row["graph_ms"] is not None else row["python_ms"]
 
 
 def show(row: dict) -> str:

@@ -80,6 +80,7 @@ def compiled(builder: Builder, keep_graph: bool) -> Builder:
     """
 
     def build(shape: Shape, given: Tensors) -> Function:
+        import torch._dynamo
         import torch._functorch.config as functorch_config
 
         torch._dynamo.reset()

@@ -14,12 +14,11 @@ Another GPU has other absolute times, so a must is carried over in two ways, and
 
 from dataclasses import dataclass, field
 
-from m3kernels.bench.cases import CASES, OPS
+from m3kernels.bench.cases import BOTH, CASES, OPS
 
 H100_COPY_BYTES_S = 3.02e12
 H100_GEMM_FLOPS_S = 700e12
 DWEIGHT_ERROR_MUST = 1.5
-BOTH = "forward+backward"
 
 
 @dataclass(frozen=True)
@@ -108,31 +107,30 @@ class Verdict:
         return None if self.dweight_error is None else self.dweight_error <= DWEIGHT_ERROR_MUST
 
 
-def _time(row: dict, column: str | None) -> float | None:
-    if column is not None:
-        return row[column]
+def time_of(row: dict) -> float | None:
+    """Milliseconds that a row is compared by: device time where it was captured, else from Python."""
     return row["graph_ms"] if row["graph_ms"] is not None else row["python_ms"]
 
 
 def judge(target: Target, rows: list[dict], ours: str = "m3kernels") -> Verdict | None:
-    """A verdict from a run's rows, None where ours was not run. Device times if all can give them, else from Python."""
+    """A verdict from a run's rows, None where ours was not run. Device times where both have them, else from Python."""
     group = {r["peer"]: r for r in rows if (r["op"], r["label"], r["direction"]) == _key(target)}
     if ours not in group:
         return None
     mine = group[ours]
-    if _time(mine, None) is None:
+    if time_of(mine) is None:
         return Verdict(target, mine["status"])
     ratios = {}
     for peer, h100_ms in target.peers_ms.items():
         row = group.get(peer)
-        if row is None or _time(row, None) is None:
+        if row is None or time_of(row) is None:
             continue
         column = "graph_ms" if mine["graph_ms"] is not None and row["graph_ms"] is not None else "python_ms"
         ratios[peer] = (target.must_ms / h100_ms, mine[column] / row[column])
     return Verdict(
         target,
         mine["status"],
-        fraction=mine["limit_ms"] / _time(mine, None),
+        fraction=mine["limit_ms"] / time_of(mine),
         ratios=ratios,
         peak_gib=None if mine["peak_bytes"] is None else mine["peak_bytes"] / 2**30,
         dweight_error=mine.get("dweight_error_over_one_gemm"),
@@ -149,7 +147,10 @@ def _holds(value: bool | None) -> str:
 
 def table(rows: list[dict]) -> str:
     """One line per target that this run touched: must and measured, in both terms."""
-    lines = ["", "must (from one H100), by fraction of the limit | by ratio to the best peer of this run | memory, dweight"]
+    lines = [
+        "",
+        "must (from one H100), by fraction of the limit | by ratio to the best peer of this run | memory, dweight",
+    ]
     for target in TARGETS:
         verdict = judge(target, rows)
         if verdict is None:
@@ -166,6 +167,8 @@ def table(rows: list[dict]) -> str:
         if verdict.memory_holds is not None:
             line += f" | {verdict.peak_gib:.2f} of {target.must_gib} GiB {_holds(verdict.memory_holds)}"
         if verdict.dweight_holds is not None:
-            line += f", dweight error {verdict.dweight_error:.2f} of {DWEIGHT_ERROR_MUST} {_holds(verdict.dweight_holds)}"
+            line += (
+                f", dweight error {verdict.dweight_error:.2f} of {DWEIGHT_ERROR_MUST} {_holds(verdict.dweight_holds)}"
+            )
         lines.append(line)
     return "\n".join(lines)

@@ -1,0 +1,280 @@
+"""The benchmark's gate, its byte counts, its result files and the README table that is made of them (no GPU needed)."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m3kernels.bench import gate, measure, ops, peers, report, targets
+from m3kernels.bench.cases import BOTH, CASES, OPS, Case
+
+CPU = torch.device("cpu")
+TINY = {
+    "rms_norm": Case("rms_norm", "64x256", {"rows": 64, "width": 256}),
+    "add_rms_norm": Case("add_rms_norm", "64x256", {"rows": 64, "width": 256}),
+    "rotary": Case(
+        "rotary",
+        "S64",
+        {"batch": 1, "seq": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "first": 96, "llama4": (0.1, 128)},
+    ),
+    "swiglu": Case("swiglu", "64x256", {"rows": 64, "width": 256}),
+    "linear_cross_entropy": Case(
+        "linear_cross_entropy", "tiny", {"tokens": 96, "vocab": 512, "hidden": 64, "trained": True}
+    ),
+}
+# results whose wrongness each op's gate must see, one output or gradient at a time
+BREAKS = {
+    "one element": lambda t: t.flatten()[0].add_(8.0),
+    "scaled by 1 %": lambda t: t.mul_(1.02),
+    "NaN in one place": lambda t: t.flatten()[-1].fill_(math.nan),
+    "zeros": lambda t: t.zero_(),
+}
+
+
+def test_readme_table_is_what_the_newest_result_file_gives():
+    path = report.newest()
+    if path is None:
+        pytest.skip("no result file under bench/results yet: python -m m3kernels.bench.ops on a GPU writes one")
+    readme = report.ROOT / "README.md"
+    assert report.section(readme.read_text()) == report.render(path), "run python -m m3kernels.bench.report"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_what_it_needs(tmp_path):
+    command = [sys.executable, "-m", "m3kernels.bench.ops", "--quick", "--out", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"M3K_COMMIT": "x"})
+    assert done.returncode == 2, done.stderr
+    assert "needs a CUDA GPU" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_eager_and_ours_pass_the_gate(op):
+    case = TINY[op]
+    data = ops.make_data(case, CPU)
+    entered = ops.contenders(case, data, (peers.OURS,))
+    for direction in OPS[op].directions:
+        for me in entered.values():
+            verdict = ops.verdict(me, entered["eager"], direction, OPS[op])
+            assert verdict.status == gate.OK, f"{me.name} {direction}: {verdict.reason}"
+    assert not any(me.overwrites for me in entered.values())
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+@pytest.mark.parametrize("how", sorted(BREAKS))
+def test_a_wrong_peer_is_called_wrong(op, how):
+    case = TINY[op]
+    data = ops.make_data(case, CPU)
+    eager = ops.enter("eager", peers.PEERS[op]["eager"], case, data)
+    right = eager.function
+    for broken in eager.errors:
+        if how == "one element" and broken == "loss":
+            continue
+        me = ops.Contender(peers.OURS)
+        results = ops.run_once(OPS[op], case.shape, right, eager.inputs, eager.grads)
+        results[broken] = results[broken].clone()
+        BREAKS[how](results[broken])
+        me.errors = gate.distances(results, data.reference)
+        direction = BOTH if BOTH in OPS[op].directions else "forward" if broken in OPS[op].outputs else "backward"
+        verdict = ops.verdict(me, eager, direction, OPS[op])
+        assert verdict.status == gate.WRONG, f"{broken}: {me.errors[broken]} beside {eager.errors[broken]}"
+        assert broken in verdict.reason
+        row = ops.base_row(case, direction, me, eager, None)
+        assert "WRONG" in ops.show(row) and " ms" not in ops.show(row)
+
+
+def test_leaving_the_softmax_out_of_the_loss_gradient_is_wrong():
+    """The label's own term dominates on flat logits; the benchmark's inputs must not be that forgiving."""
+    case = TINY["linear_cross_entropy"]
+    data = ops.make_data(case, CPU)
+    eager = ops.enter("eager", peers.PEERS[case.op]["eager"], case, data)
+    label_only = -data.inputs["weight"][data.inputs["labels"]] / case.shape["tokens"]
+    error = gate.distance(label_only, data.reference["dhidden"])
+    assert gate.judge({"dhidden": error}, eager.errors, strict=False).status == gate.WRONG
+
+
+def test_a_peer_in_between_is_imprecise_and_ours_would_be_wrong():
+    eager = {"y": gate.Error(0.002, 0.004)}
+    coarse = {"y": gate.Error(0.01, 0.02)}
+    assert gate.judge(coarse, eager, strict=False).status == gate.IMPRECISE
+    assert gate.judge(coarse, eager, strict=True).status == gate.WRONG
+    assert gate.judge({"y": gate.Error(0.05, 0.1)}, eager, strict=False).status == gate.WRONG
+    assert gate.judge_eager({"y": gate.Error(0.2, 0.2)}).status == gate.WRONG
+
+
+def test_a_missing_or_failing_peer_gives_its_reason():
+    case, op = TINY["swiglu"], OPS["swiglu"]
+    data = ops.make_data(case, CPU)
+
+    def absent(shape, given):
+        raise ModuleNotFoundError("No module named 'liger_kernel'")
+
+    def broken(shape, given):
+        return lambda t: (t["gate"] @ t["up"],)
+
+    eager = ops.enter("eager", peers.PEERS["swiglu"]["eager"], case, data)
+    for build, status, text in ((absent, "missing", "liger_kernel"), (broken, "failed", "RuntimeError")):
+        row = ops.base_row(case, "forward", ops.enter("liger", build, case, data), eager, None)
+        assert row["status"] == status and text in row["reason"]
+        assert f"{status}: " in ops.show(row)
+
+
+def test_inputs_that_a_peer_overwrites_are_found_and_restored():
+    case, op = TINY["swiglu"], OPS["swiglu"]
+    data = ops.make_data(case, CPU)
+
+    def in_place(shape, given):
+        def function(t):
+            y = torch.nn.functional.silu(t["gate"]) * t["up"]
+            t["up"].data.zero_()
+            return (y,)
+
+        return function
+
+    me = ops.enter("liger", in_place, case, data)
+    assert [name for name, _, _ in me.overwrites] == ["up"]
+    assert torch.equal(me.inputs["up"].detach(), data.inputs["up"])
+
+
+def test_an_output_in_another_dtype_is_wrong():
+    case = TINY["swiglu"]
+    data = ops.make_data(case, CPU)
+    me = ops.enter("torch", lambda shape, given: lambda t: ((t["gate"] * t["up"]).float(),), case, data)
+    assert me.status == gate.WRONG and "float32" in me.reason
+
+
+def test_costs_are_the_bytes_and_flops_of_the_targets_limits():
+    """``targets.md`` gives the limits' basis; these are its own round numbers in milliseconds on the H100."""
+    by_key = {(t.op, t.label, t.direction): t.limit_ms() for t in targets.TARGETS}
+    expected = {
+        ("rms_norm", "8192x4096", "forward"): 0.0444,
+        ("add_rms_norm", "8192x4096", "forward"): 0.0889,
+        ("rotary", "S8192 32/8x128", "backward"): 0.0569,
+        ("swiglu", "8192x14336", "backward"): 0.389,
+        ("linear_cross_entropy", "8192x131072 h4096 trained", BOTH): 37.7,
+        ("linear_cross_entropy", "8192x131072 h4096 frozen", BOTH): 25.1,
+    }
+    for key, ms in expected.items():
+        assert by_key[key] == pytest.approx(ms, rel=0.005), key
+    assert all(t.limit_ms() <= 1.01 * t.goal_ms or t.op == "linear_cross_entropy" for t in targets.TARGETS)
+
+
+def test_every_case_has_its_op_and_every_op_its_peers():
+    assert {c.op for c in CASES} == set(OPS) == set(peers.PEERS) == set(report.NAMES)
+    assert len({(c.op, c.label) for c in CASES}) == len(CASES)
+    for table in peers.PEERS.values():
+        assert {"eager", peers.OURS} <= set(table) <= set(peers.ORDER)
+
+
+def _row(peer: str, ms: float | None, *, op="rms_norm", label="8192x4096", direction="forward", **other) -> dict:
+    row = {"kind": "row", "op": op, "label": label, "direction": direction, "peer": peer, "status": "ok", "reason": ""}
+    row |= {"graph_ms": ms, "python_ms": None if ms is None else 2 * ms, "peak_bytes": None, "limit_ms": 0.03}
+    return row | {"percent_of_limit": None if ms is None else 3 / ms} | other
+
+
+def _file(folder: Path, rows: list[dict], name="nvidia-h200/2026-08-01-abc.jsonl", **other) -> Path:
+    head = {
+        "kind": "header",
+        "date": "2026-08-01T10:00:00+00:00",
+        "gpu": "NVIDIA H200",
+        "driver": "580",
+        "commit": "abc",
+    }
+    head |= {"versions": {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}, "quick": False}
+    head |= {"peers": {"liger": "0.8.5", "quack": "missing: quack-kernels is not installed"}}
+    head |= {"ceilings": {"copy_bytes_s": 4.3e12, "gemm_flops_s": {"8192x4096x131072": 7e14}}} | other
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(line) for line in [head, *rows]) + "\n")
+    return path
+
+
+def test_report_shows_missing_and_wrong_peers(tmp_path):
+    rows = [
+        _row("eager", 0.4),
+        _row("torch.compile", None, status="failed", reason="RuntimeError: no"),
+        _row("liger", None, status="WRONG", reason="y: error 0.5"),
+        _row("torch", 0.05),
+        _row("quack", None, status="missing", reason="ImportError"),
+        _row("m3kernels", 0.04),
+    ]
+    text = report.render(_file(tmp_path, rows))
+    line = next(x for x in text.splitlines() if x.startswith("| RMSNorm"))
+    cells = [c.strip() for c in line.strip("|").split("|")]
+    assert cells[:4] == ["RMSNorm 8192x4096, forward", "0.400", "failed", "WRONG"]
+    assert cells[4:7] == ["0.050 (F.rms_norm)", "**0.040**", "75 %"]
+    assert "not installed: QuACK." in text and "NVIDIA H200" in text and "abc" in text
+
+
+def test_report_marks_python_times_coarse_peers_and_memory(tmp_path):
+    key = {"op": "linear_cross_entropy", "label": "8192x131072 h4096 trained", "direction": BOTH}
+    rows = [
+        _row("eager", None, **key) | {"python_ms": 50.0, "peak_bytes": 12 << 30},
+        _row("cce", None, **key, error_over_eager=7.4) | {"python_ms": 160.0, "status": "imprecise"},
+        _row("m3kernels", None, **key) | {"python_ms": 39.0, "peak_bytes": 1 << 30, "percent_of_limit": 95.0},
+    ]
+    line = next(x for x in report.render(_file(tmp_path, rows)).splitlines() if x.startswith("| linear"))
+    assert "50.0†" in line and "160† ≈7× (CCE)" in line and "**39.0†**" in line and "1.00 GiB (eager 12.0)" in line
+
+
+def test_reading_survives_a_timeout_and_refuses_other_files(tmp_path):
+    path = _file(tmp_path, [_row("eager", 0.4), _row("m3kernels", 0.1)])
+    path.write_text(path.read_text()[:-20])
+    assert [r["peer"] for r in report.read(path)[1]] == ["eager"]
+    path.write_text('{"kind": "row"}\n')
+    with pytest.raises(ValueError, match="not a header"):
+        report.read(path)
+
+
+def test_newest_goes_by_the_date_in_the_header(tmp_path):
+    assert report.newest(tmp_path) is None
+    _file(tmp_path, [], "z/2026-08-01-a.jsonl")
+    later = _file(tmp_path, [], "a/2026-08-01-b.jsonl", date="2026-08-01T12:00:00+00:00")
+    assert report.newest(tmp_path) == later
+
+
+def test_check_notices_a_stale_readme_and_the_picture_is_deterministic(tmp_path, monkeypatch, capsys):
+    path = _file(tmp_path / "results", [_row("eager", 0.4), _row("m3kernels", 0.04)])
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    assert report.main(["--check", "--file", str(path)]) == 1
+    assert report.main(["--file", str(path)]) == 0
+    assert report.main(["--check", "--file", str(path)]) == 0
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+    pytest.importorskip("matplotlib")
+    first = (tmp_path / "docs" / "bench-ops.svg").read_bytes()
+    report.draw(path, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == first
+    readme.write_text("no markers")
+    assert report.main(["--check", "--file", str(path)]) == 2
+    assert report.BEGIN in capsys.readouterr().err
+
+
+def test_targets_are_judged_in_both_terms():
+    """At 0.9 x the must's fraction of the limit it misses; at the must's ratio to the best named peer it holds."""
+    target = targets.TARGETS[0]
+    limit, best = 0.031, 0.045
+    fine, slow = limit / target.must_fraction(), 0.99 * best * target.must_ms / target.peers_ms["torch"]
+    rows = [_row("torch", best), _row("eager", 0.4), _row("m3kernels", slow)]
+    for row in rows:
+        row["limit_ms"] = limit
+    verdict = targets.judge(target, rows)
+    assert verdict.best_peer == "torch" and verdict.ratio_holds
+    assert verdict.fraction_holds == (slow <= fine)
+    assert targets.judge(target, [_row("eager", 1.0)]) is None
+    wrong = targets.judge(target, [_row("m3kernels", None, status="WRONG")])
+    assert wrong.fraction_holds is None and wrong.status == "WRONG"
+    assert "WRONG" in targets.table([_row("m3kernels", None, status="WRONG")])
+
+
+def test_stats_and_budgets():
+    stats = measure.Stats.of([float(i) for i in range(101)])
+    assert (stats.median, stats.p20, stats.p80, stats.samples) == (50.0, 20.0, 80.0, 101)
+    budget = measure.Budget(seconds=0.25, rounds=5)
+    assert budget.calls_a_round(160.0, 2, 15) == 2 and budget.calls_a_round(0.04, 2, 15) == 15
