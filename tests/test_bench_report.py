@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ TINY = {
 }
 # results whose wrongness each op's gate must see, one output or gradient at a time
 BREAKS = {
-    "one element": lambda t: t.flatten()[0].add_(8.0),
+    "one element": lambda t: t[(0,) * t.dim()].add_(8.0),
     "scaled by 1 %": lambda t: t.mul_(1.02),
-    "NaN in one place": lambda t: t.flatten()[-1].fill_(math.nan),
+    "NaN in one place": lambda t: t[(-1,) * t.dim()].fill_(math.nan),
     "zeros": lambda t: t.zero_(),
 }
 
@@ -63,6 +64,45 @@ def test_eager_and_ours_pass_the_gate(op):
             verdict = ops.verdict(me, entered["eager"], direction, OPS[op])
             assert verdict.status == gate.OK, f"{me.name} {direction}: {verdict.reason}"
     assert not any(me.overwrites for me in entered.values())
+
+
+class SlowGpu(measure.Gpu):
+    """The GPU's part played by the CPU's clock, with graphs that cannot be captured."""
+
+    def __init__(self):
+        self.device = CPU
+
+    def python_sample(self, trial):
+        trial.prepare()
+        begun = time.perf_counter()
+        trial.run()
+        return 1e3 * (time.perf_counter() - begun), 1.0
+
+    def capture(self, trial, calls):
+        raise RuntimeError("no CUDA graphs on a CPU")
+
+    def peak_bytes(self, trial):
+        trial.run()
+        return 1 << 20
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_a_whole_case_runs_and_its_rows_survive_json(op):
+    ceilings = {"copy_bytes_s": 1e9, "gemm_flops_s": {ops.GEMM_CEILING: 1e9}}
+    budget = measure.Budget(seconds=0.001, rounds=2)
+    rows = list(ops.bench_case(TINY[op], SlowGpu(), budget, ceilings, ("eager", "torch", "quack", peers.OURS)))
+    rows = [json.loads(json.dumps(row, allow_nan=False)) for row in rows]
+    assert {r["direction"] for r in rows} == set(OPS[op].directions)
+    for row in rows:
+        if row["peer"] == "quack":
+            assert row["status"] == "missing" and "quack" in row["reason"]
+            continue
+        assert row["status"] == "ok" and row["python_samples"] >= 4 and row["percent_of_limit"] > 0, row
+        assert row["graph_ms"] is None and row["graph_reason"]
+        assert row["errors"] and set(row["errors"]) == set(row["eager_errors"])
+        assert f"python {row['python_ms']:8.4f} ms" in ops.show(row)
+    if op == "linear_cross_entropy":
+        assert all(0.3 < r["dweight_error_over_one_gemm"] < 3 for r in rows if r["errors"])
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -108,7 +148,7 @@ def test_a_peer_in_between_is_imprecise_and_ours_would_be_wrong():
 
 
 def test_a_missing_or_failing_peer_gives_its_reason():
-    case, op = TINY["swiglu"], OPS["swiglu"]
+    case = TINY["swiglu"]
     data = ops.make_data(case, CPU)
 
     def absent(shape, given):
@@ -125,7 +165,7 @@ def test_a_missing_or_failing_peer_gives_its_reason():
 
 
 def test_inputs_that_a_peer_overwrites_are_found_and_restored():
-    case, op = TINY["swiglu"], OPS["swiglu"]
+    case = TINY["swiglu"]
     data = ops.make_data(case, CPU)
 
     def in_place(shape, given):

@@ -44,7 +44,6 @@ def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
     return not why_not
 
 
-@cache
 def _why_no_triton(device_type: str) -> str:
     if not HAS_TRITON:
         return "triton is not installed (pip install 'triton>=3.6')"

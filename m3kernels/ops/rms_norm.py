@@ -26,11 +26,12 @@ MAX_WIDTH = 65_536
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Launch choices of a row kernel: rows in one tile, warps, and (backward only) programs on each multiprocessor."""
+    """Launch choices of a row kernel: rows in one tile, warps; backward only, programs on each SM and load stages."""
 
     rows: int
     warps: int
     programs_per_sm: int = 1
+    stages: int = 1
 
 
 @cache
@@ -100,6 +101,7 @@ def rms_norm_bwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_DSUMMED: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
 ):
@@ -109,7 +111,7 @@ def rms_norm_bwd_kernel(
     weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)
     b_dweight = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
 
-    for start in range(pid * ROWS, n_rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(pid * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         o_row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)[:, None]
         m_row = o_row < n_rows
         mask = m_row & m_col
@@ -216,6 +218,7 @@ def _backward(
         WIDTH=width,
         BLOCK=block,
         ROWS=config.rows,
+        STAGES=config.stages,
         HAS_DSUMMED=dsummed is not None,
         NEEDS_DWEIGHT=needs_dweight,
         num_warps=config.warps,
