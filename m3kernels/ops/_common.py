@@ -36,7 +36,7 @@ def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
             raise TypeError(f"{op}: DTensor is not supported; pass the local shard (tensor.to_local())")
     if backend == "reference":
         return False
-    why_not = _why_no_triton(device.type) or next(
+    why_not = why_no_triton(device.type) or next(
         (f"{t.dtype} is not one of fp32, bf16, fp16" for t in tensors if t.dtype not in TRITON_DTYPES), ""
     )
     if backend == "triton" and why_not:
@@ -44,7 +44,7 @@ def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
     return not why_not
 
 
-def _why_no_triton(device_type: str) -> str:
+def why_no_triton(device_type: str) -> str:
     if not HAS_TRITON:
         return "triton is not installed (pip install 'triton>=3.6')"
     if device_type != "cuda" and not INTERPRET:

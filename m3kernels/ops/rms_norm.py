@@ -34,19 +34,27 @@ class RowConfig:
     stages: int = 1
 
 
+# what the backward's load stages may take of an SM's 227 KiB of shared memory
+STAGE_BYTES = 200 * 1024
+
+
 @cache
 def forward_config(width: int) -> RowConfig:
-    """Measured on an H200: a tile of about 4,096 elements, 16 bytes a thread and load."""
+    """Tiles of 4,096 elements with 4 warps were within 2 % of the best of 20 choices at widths 1,024 to 5,120 (H200)."""
     block = triton.next_power_of_2(width)
-    return RowConfig(rows=max(1, 2048 // block), warps=min(32, max(4, block // 1024)))
+    return RowConfig(rows=max(1, 4096 // block), warps=min(32, max(4, block // 2048)))
 
 
 @cache
-def backward_config(width: int) -> RowConfig:
-    """Measured on an H200: two or more resident programs hide each other's loads better than software prefetch did."""
+def backward_config(width: int, bytes_per_element: int) -> RowConfig:
+    """Two programs on each SM with three load stages: within 2 % of the best of 60 choices at widths 1,024 to 5,120 (H200).
+
+    Two stages measured slower than one; where three do not fit, there is one. ``bytes_per_element`` counts all loads.
+    """
     block = triton.next_power_of_2(width)
-    warps = min(32, max(4, block // 512))
-    return RowConfig(rows=max(1, 1024 // block), warps=warps, programs_per_sm=max(1, 16 // warps))
+    rows = max(1, 4096 // block)
+    stages = 3 if 3 * rows * block * bytes_per_element <= STAGE_BYTES else 1
+    return RowConfig(rows=rows, warps=min(32, max(4, block // 2048)), programs_per_sm=2, stages=stages)
 
 
 @triton.jit
@@ -198,7 +206,8 @@ def _backward(
     if rows == 0 or width == 0:
         return dx, dweight.zero_()
     x2, weight = _rows(x), weight.contiguous()
-    config = backward_config(width)
+    loads = dy.element_size() + x.element_size() + (0 if dsummed is None else dsummed.element_size())
+    config = backward_config(width, loads)
     programs = min(triton.cdiv(rows, config.rows), sm_count(x.device) * config.programs_per_sm)
     partial = torch.empty((programs if needs_dweight else 0, width), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)

