@@ -105,24 +105,28 @@ def enter(name: str, build: Callable, case: Case, data: Data) -> Contender:
     except Exception as error:  # a peer's failure is a result, not the end of the run
         return Contender(name, "failed", measure.reason(error))
     me.errors = gate.distances(results, data.reference)
-    for group, pristine in ((me.inputs, data.inputs), (me.grads, data.grads)):
+    for what, group, pristine in (("", me.inputs, data.inputs), ("grad of ", me.grads, data.grads)):
         for n, t in group.items():
             if not torch.equal(t.detach(), pristine[n]):
-                me.overwrites.append((n, t, pristine[n]))
+                me.overwrites.append((what + n, t, pristine[n]))
     me.reason = dtype_error(op, results, data.inputs)
     me.status = gate.WRONG if me.reason else gate.OK
     me.restore()
     return me
 
 
+def errors_of(me: Contender, direction: str, op: Op) -> dict[str, gate.Error]:
+    """What a direction is judged by: forward rows by the outputs, backward rows by the gradients, others by both."""
+    return {n: e for n, e in me.errors.items() if direction == BOTH or (n in op.outputs) == (direction == "forward")}
+
+
 def verdict(me: Contender, eager: Contender, direction: str, op: Op) -> gate.Verdict:
-    """One direction's status: forward rows stand by the outputs, backward rows by the gradients, others by both."""
+    """One direction's status."""
     if me.status != gate.OK:
         return gate.Verdict(me.status, me.reason)
     if not eager.errors:
         return gate.Verdict("unchecked", f"eager gave nothing to compare with: {eager.reason}")
-    names = [n for n in me.errors if direction == BOTH or (n in op.outputs) == (direction == "forward")]
-    mine = {n: me.errors[n] for n in names}
+    mine = errors_of(me, direction, op)
     if me is eager:
         return gate.judge_eager(mine)
     return gate.judge(mine, eager.errors, strict=me.name == peers.OURS)
@@ -140,6 +144,7 @@ def trial(me: Contender, case: Case, direction: str) -> measure.Trial:
     if direction == "forward":
         return measure.Trial(lambda: me.function(me.inputs), me.restore)
     if direction == "backward":
+        me.restore()
         outputs = me.function(me.inputs)
         me.restore()
         return measure.Trial(lambda: differentiate(op, case.shape, outputs, me.inputs, me.grads, True), me.restore)
@@ -189,6 +194,14 @@ def bench_case(case: Case, gpu: measure.Gpu, budget: measure.Budget, ceilings: d
         torch.cuda.empty_cache()
 
 
+def guarded_case(case: Case, *args):
+    """``bench_case``; what breaks a whole case (no memory for its inputs, say) is one ``error`` line, not the end."""
+    try:
+        yield from bench_case(case, *args)
+    except Exception as error:
+        yield {"kind": "error", "op": case.op, "label": case.label, "reason": measure.reason(error)}
+
+
 def time_rows(rows: dict, ready: dict[str, measure.Trial], op: Op, gpu: measure.Gpu, budget: measure.Budget) -> None:
     """Fills the time columns: from Python for all, in a graph for those that can be captured."""
     for name, timed in gpu.time_python(ready, budget).items():
@@ -217,10 +230,11 @@ def base_row(case: Case, direction: str, me: Contender, eager: Contender, one_ge
     row = {"kind": "row", "op": case.op, "label": case.label, "direction": direction, "peer": me.name}
     row |= {"status": judged.status, "reason": judged.reason, "graph_ms": None, "python_ms": None, "graph_reason": None}
     row |= {"peak_bytes": None, "overwrites": [n for n, _, _ in me.overwrites]}
-    row["errors"] = {n: e.as_json() for n, e in me.errors.items()}
-    row["eager_errors"] = {n: e.as_json() for n, e in eager.errors.items()}
-    if me.errors and eager.errors:
-        excess = gate.largest_excess(me.errors, eager.errors)
+    mine, theirs = errors_of(me, direction, OPS[case.op]), errors_of(eager, direction, OPS[case.op])
+    row["errors"] = {n: e.as_json() for n, e in mine.items()}
+    row["eager_errors"] = {n: e.as_json() for n, e in theirs.items()}
+    if mine and theirs:
+        excess = gate.largest_excess(mine, theirs)
         row["error_over_eager"] = excess if math.isfinite(excess) else None
     if one_gemm is not None and "dweight" in me.errors:
         ratio = me.errors["dweight"].relative / one_gemm
@@ -230,6 +244,8 @@ def base_row(case: Case, direction: str, me: Contender, eager: Contender, one_ge
 
 def show(row: dict) -> str:
     """A row as one line of the running log; WRONG, missing and failed stand where the time would."""
+    if row["kind"] == "error":
+        return f"{row['op']} {row['label']} broke: {row['reason']}"
     name = f"{row['op']} {row['label']} {row['direction']}"
     head = f"{name:<66} {row['peer']:<14}"
     if time_of(row) is None:
@@ -307,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if not torch.cuda.is_available():
         print(
-            "m3kernels.bench.ops needs a CUDA GPU with bf16 (about 60 GiB free for the largest rows): torch "
+            "m3kernels.bench.ops needs a CUDA GPU with bf16 (about 40 GiB free for the largest rows): torch "
             f"{torch.__version__} sees none. Run it on a GPU machine; results are read by m3kernels.bench.report.",
             file=sys.stderr,
         )
@@ -329,8 +345,8 @@ def main(argv: list[str] | None = None) -> int:
                 if time.monotonic() - begun > args.seconds:
                     print(f"skipped {case.op} {case.label}: {args.seconds:.0f} s are over", flush=True)
                     continue
-                for row in bench_case(case, gpu, QUICK if args.quick else FULL, ceilings, args.peers):
-                    rows.append(row)
+                for row in guarded_case(case, gpu, QUICK if args.quick else FULL, ceilings, args.peers):
+                    rows += [row] if row["kind"] == "row" else []
                     print(json.dumps(row), file=file, flush=True)
                     print(f"{time.monotonic() - begun:4.0f} s  {show(row)}", flush=True)
                 torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ that cannot work raises; the reason is reported. Eager is the code of transforme
 rounding, written on bare tensors.
 """
 
+import importlib
 from collections.abc import Callable
 from importlib import metadata
 
@@ -18,7 +19,12 @@ from m3kernels.bench.cases import EPS, Shape, Tensors
 OURS = "m3kernels"
 ORDER = ("eager", "torch.compile", "liger", "torch", "quack", "cce", OURS)
 TITLES = {"torch": "F.rms_norm", "quack": "QuACK", "cce": "CCE", "liger": "Liger"}
-PACKAGES = {"liger": "liger-kernel", "quack": "quack-kernels", "cce": "cut-cross-entropy"}
+# peer: (package, module)
+PACKAGES = {
+    "liger": ("liger-kernel", "liger_kernel"),
+    "quack": ("quack-kernels", "quack"),
+    "cce": ("cut-cross-entropy", "cut_cross_entropy"),
+}
 
 Function = Callable[[Tensors], tuple[Tensor, ...]]
 Builder = Callable[[Shape, Tensors], Function]
@@ -227,11 +233,12 @@ PEERS: dict[str, dict[str, Builder]] = {
 
 
 def peer_versions() -> dict[str, str]:
-    """The installed version of each peer's package, or why there is none."""
+    """Each peer package's version, or ``missing: <why>`` where it cannot be imported."""
     found = {}
-    for peer, package in PACKAGES.items():
+    for peer, (package, module) in PACKAGES.items():
         try:
+            importlib.import_module(module)
             found[peer] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[peer] = f"missing: {package} is not installed"
+        except Exception as error:  # a package that is there and breaks at import is as missing as one that is not
+            found[peer] = f"missing: {type(error).__name__}: {error}"
     return found

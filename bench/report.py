@@ -140,7 +140,7 @@ def caption(head: dict, path: Path) -> str:
         + ". Medians of device time (CUDA graph, cold L2), peers interleaved, each checked against fp64 first; bold is "
         f"the fastest. % of limit: bytes at the measured copy rate ({copy:.2f} TB/s) or FLOPs at a bare GEMM's "
         f"(up to {gemm:.0f} TFLOP/s). † timed from Python with its host time; ≈n× is n times eager's own error; "
-        "– was not run or does not exist" + (f"; not installed: {', '.join(absent)}." if absent else ".")
+        "– was not run or does not exist" + (f"; not importable: {', '.join(absent)}." if absent else ".")
     )
 
 

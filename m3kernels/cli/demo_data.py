@@ -189,7 +189,11 @@ class ChatEncoder:
 
 
 def collate(
-    samples: Sequence[EncodedSample], *, prompts_only: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
+    samples: Sequence[EncodedSample],
+    *,
+    prompts_only: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """Keyword arguments for the model.
 

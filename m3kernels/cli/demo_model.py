@@ -103,7 +103,9 @@ def model_config(vocab_size: int, size: ModelSize) -> Mistral3Config:
     )
 
 
-def build_model(config: Mistral3Config, *, seed: int, device: str, dtype: torch.dtype) -> Mistral3ForConditionalGeneration:
+def build_model(
+    config: Mistral3Config, *, seed: int, device: str, dtype: torch.dtype
+) -> Mistral3ForConditionalGeneration:
     """Random weights, drawn in fp32 on the CPU: a seed means the same weights on every device and in every dtype."""
     torch.manual_seed(seed)
     model = Mistral3ForConditionalGeneration(config)

@@ -54,7 +54,8 @@ def backward_config(width: int, bytes_per_element: int) -> RowConfig:
     block = triton.next_power_of_2(width)
     rows = max(1, 4096 // block)
     stages = 3 if 3 * rows * block * bytes_per_element <= STAGE_BYTES else 1
-    return RowConfig(rows=rows, warps=min(32, max(4, block // 2048)), programs_per_sm=2, stages=stages)
+    warps = 4 if block <= 8192 else min(32, block // 1024)
+    return RowConfig(rows=rows, warps=warps, programs_per_sm=2, stages=stages)
 
 
 @triton.jit

@@ -1,0 +1,158 @@
+"""Every shipped kernel configuration compiled for sm_90a without a GPU: shared memory fits, nothing spills undeclared."""
+
+import contextlib
+import importlib
+import io
+import re
+
+import pytest
+
+from m3kernels.ops._triton import HAS_TRITON, INTERPRET
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRET, reason="needs triton, not interpreted")
+
+SHARED_MEMORY = 232_448  # bytes a program may use on H100 and H200
+WIDTHS = (127, 1024, 3072, 4096, 5120, 9216, 16_384, 32_768, 65_536)
+# bytes; at 5,120 the spill is what the fastest measured configuration has, beyond 16,384 a row outgrows the registers
+MAY_SPILL = {
+    ("rms_norm_bwd_kernel", 5120): 40,
+    ("rms_norm_bwd_kernel", 9216): 100,
+    ("rms_norm_bwd_kernel", 16_384): 200,
+    ("rms_norm_bwd_kernel", 32_768): 1600,
+    ("rms_norm_bwd_kernel", 65_536): 2600,
+}
+
+rms = importlib.import_module("m3kernels.ops.rms_norm")
+swiglu = importlib.import_module("m3kernels.ops.swiglu")
+rotary = importlib.import_module("m3kernels.ops.rotary")
+loss = importlib.import_module("m3kernels.ops.linear_cross_entropy")
+
+
+def compile_sm90(kernel, warps: int, constexprs: dict, types: dict) -> dict:
+    """Registers, spills and shared memory of one configuration; pointers and strides declared 16-aligned, as launched."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constexprs else types[n] for n in names}
+    aligned = [n for n in names if signature[n].startswith("*") or n.endswith(("stride", "width", "vocab"))]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # a cached kernel comes back without the assembler's log
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    text = log.getvalue()
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", text))),
+        "spilled": max(map(int, re.findall(r"(\d+) bytes spill stores", text)), default=0),
+        "ptx": compiled.asm["ptx"],
+    }
+
+
+def check(kernel, report: dict, width: int) -> None:
+    assert report["shared"] <= SHARED_MEMORY, report["shared"]
+    assert report["spilled"] <= MAY_SPILL.get((kernel.__name__, width), 0), (report["spilled"], report["registers"])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_forward(width, residual, dtype):
+    config, p = rms.forward_config(width), f"*{dtype}"
+    types = dict.fromkeys(("p_x", "p_residual", "p_weight", "p_y", "p_summed"), p)
+    types |= {"p_rstd": "*fp32", "x_stride": "i32", "residual_stride": "i32", "n_rows": "i32", "eps": "fp32"}
+    constexprs = {"WIDTH": width, "BLOCK": rms.triton.next_power_of_2(width), "ROWS": config.rows}
+    constexprs["HAS_RESIDUAL"] = residual
+    check(rms.rms_norm_fwd_kernel, compile_sm90(rms.rms_norm_fwd_kernel, config.warps, constexprs, types), width)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dsummed", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_backward(width, dsummed, dtype):
+    config = rms.backward_config(width, (2 + dsummed) * (4 if dtype == "fp32" else 2))
+    types = dict.fromkeys(("p_dy", "p_dsummed", "p_x", "p_weight", "p_dx"), f"*{dtype}")
+    types |= {"p_rstd": "*fp32", "p_dweight": "*fp32", "x_stride": "i32", "n_rows": "i32"}
+    constexprs = {"WIDTH": width, "BLOCK": rms.triton.next_power_of_2(width), "ROWS": config.rows}
+    constexprs |= {"STAGES": config.stages, "HAS_DSUMMED": dsummed, "NEEDS_DWEIGHT": True}
+    check(rms.rms_norm_bwd_kernel, compile_sm90(rms.rms_norm_bwd_kernel, config.warps, constexprs, types), width)
+
+
+def test_column_sum():
+    types = {"p_partial": "*fp32", "p_out": "*bf16", "n_partial": "i32"}
+    constexprs = {"WIDTH": 4096, "BLOCK_ROW": 64, "BLOCK": 32}
+    check(rms.column_sum_kernel, compile_sm90(rms.column_sum_kernel, 4, constexprs, types), 4096)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", [swiglu.swiglu_fwd_kernel, swiglu.swiglu_bwd_kernel], ids=lambda k: k.__name__)
+def test_swiglu(kernel, dtype):
+    types = {n: f"*{dtype}" if n.startswith("p_") else "i32" for n in kernel.arg_names}
+    report = compile_sm90(kernel, swiglu.CONFIG.warps, {"BLOCK": swiglu.CONFIG.block}, types)
+    check(kernel, report, 0)
+    assert "ld.global.v4" in report["ptx"]  # 16 bytes a thread
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (16, 16, 64), (12, 3, 80), (64, 8, 256)])
+@pytest.mark.parametrize(
+    ("by_position", "scaled", "backward"), [(False, True, False), (False, True, True), (True, False, False)]
+)
+def test_rotary(q_heads, k_heads, dim, by_position, scaled, backward, dtype):
+    kernel, config = rotary.rotary_kernel, rotary.CONFIG
+    types = {n: "i32" for n in kernel.arg_names} | {
+        "beta": "fp32",
+        "p_position": "*i64",
+        "p_cos": "*fp32",
+        "p_sin": "*fp32",
+    }
+    types |= dict.fromkeys(("p_q", "p_k", "p_q_out", "p_k_out"), f"*{dtype}")
+    constexprs = {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "HALF": dim // 2,
+        "BLOCK_HALF": rms.triton.next_power_of_2(dim // 2),
+        "BLOCK_Q_HEADS": min(config.heads, rms.triton.next_power_of_2(q_heads)),
+        "BLOCK_K_HEADS": min(config.heads, rms.triton.next_power_of_2(k_heads)),
+        "TABLE_BY_POSITION": by_position,
+        "HAS_SCALE": scaled,
+        "BACKWARD": backward,
+    }
+    check(kernel, compile_sm90(kernel, config.warps, constexprs, types), dim)
+
+
+@pytest.mark.parametrize("vocab", [301, 32_000, 131_072])
+@pytest.mark.parametrize(
+    ("gradient", "smoothing", "correct"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_cross_entropy(vocab, gradient, smoothing, correct):
+    kernel, config = loss.cross_entropy_kernel, loss.row_config(vocab, keeps_more=smoothing or correct)
+    types = {n: "i32" for n in kernel.arg_names} | {"smoothing": "fp32", "z_loss": "fp32", "p_label": "*i64"}
+    types |= {"p_logits": "*bf16", "p_scale": "*fp32", "p_loss": "*fp32", "p_correct": "*fp32"}
+    constexprs = {
+        "BLOCK": config.block,
+        "WRITES_GRADIENT": gradient,
+        "HAS_SMOOTHING": smoothing,
+        "HAS_Z_LOSS": smoothing,
+        "WANTS_CORRECT": correct,
+    }
+    check(kernel, compile_sm90(kernel, config.warps, constexprs, types), vocab)
+
+
+def test_the_check_fails_for_a_configuration_that_spills():
+    """A row of 65,536 with 4 warps cannot stay in registers: were the check blind, this would pass."""
+    types = dict.fromkeys(("p_x", "p_residual", "p_weight", "p_y", "p_summed"), "*bf16")
+    types |= {"p_rstd": "*fp32", "x_stride": "i32", "residual_stride": "i32", "n_rows": "i32", "eps": "fp32"}
+    constexprs = {"WIDTH": 65_536, "BLOCK": 65_536, "ROWS": 1, "HAS_RESIDUAL": False}
+    report = compile_sm90(rms.rms_norm_fwd_kernel, 4, constexprs, types)
+    with pytest.raises(AssertionError):
+        check(rms.rms_norm_fwd_kernel, report, 4096)
