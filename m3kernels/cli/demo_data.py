@@ -107,7 +107,8 @@ def draw_page(scans: Sequence[np.ndarray], columns: int, rows: int, rng: np.rand
     slot = width // len(scans)
     for index, scan in enumerate(scans):
         size = int(rng.integers(STYLE.smallest_digit, STYLE.largest_digit + 1))
-        digit = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
+        # the digits touch the edges of their 8 x 8 scans: a margin keeps them whole when turned
+        digit = Image.fromarray(np.pad(scan, 1)).resize((size, size), Image.Resampling.BICUBIC)
         digit = digit.rotate(rng.uniform(-STYLE.degrees, STYLE.degrees), Image.Resampling.BILINEAR)
         slack = STYLE.cell - size
         shift = min(STYLE.shift, slack // 2)

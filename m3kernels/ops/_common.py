@@ -31,7 +31,9 @@ def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
             found = ", ".join(str(t.device) for t in tensors)
             raise ValueError(f"{op}: all tensors must be on one device, got {found}; move them with .to({device})")
         if not t.is_floating_point() or t.dtype.itemsize < 2:
-            raise TypeError(f"{op}: needs floating-point tensors of 16 bits or more, got {t.dtype}; dequantise it first")
+            raise TypeError(
+                f"{op}: needs floating-point tensors of 16 bits or more, got {t.dtype}; dequantise it first"
+            )
         if type(t).__name__ == "DTensor":
             raise TypeError(f"{op}: DTensor is not supported; pass the local shard (tensor.to_local())")
     if backend == "reference":

@@ -40,6 +40,8 @@ def fused_class(original: type, name: str) -> type:
     # generate() and the Trainer read the signature through this
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
+        if not is_fused(self):  # bound before unpatch() by something that wraps forwards: accelerate, TRL
+            return original.forward(self, *args, **kwargs)
         return fused(self, *args, **kwargs)
 
     namespace = {

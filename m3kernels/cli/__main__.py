@@ -1,0 +1,5 @@
+import sys
+
+from m3kernels.cli import main
+
+sys.exit(main())

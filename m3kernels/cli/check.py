@@ -1,0 +1,105 @@
+"""Run the parity suite on this machine, and on a model of yours: our error beside eager PyTorch's own, against fp64."""
+
+import argparse
+
+import torch
+
+from m3kernels.ops._common import use_triton
+
+HELP = "parity of ops and of a patched model on this machine, as a table"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="also check this Ministral 3 checkpoint, patched")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda when there is one")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="one dtype only (default: all that fit)"
+    )
+    parser.add_argument("--tokens", type=int, default=512, help="length of the text for --model (default 512)")
+    parser.add_argument(
+        "--no-gradients", action="store_true", help="with --model: compare outputs only, needs less memory"
+    )
+    parser.add_argument("--small", action="store_true", help="small shapes only")
+
+
+def _dtypes(args: argparse.Namespace, device: str) -> list[torch.dtype]:
+    if args.dtype:
+        return [getattr(torch, args.dtype)]
+    # on the CPU, bf16 kernels can only be interpreted, and the interpreter's bf16 is wrong
+    return [torch.float32, torch.float16] + [torch.bfloat16] * (device == "cuda")
+
+
+def _op_rows(args: argparse.Namespace, device: str, progress) -> list:
+    from m3kernels.parity.ops import CASES, measure
+
+    real = device == "cuda" and not args.small
+    jobs = [
+        (case, shape, dtype)
+        for case in CASES
+        for dtype in _dtypes(args, device)
+        for shape in case.small + (case.real if real else ())
+    ]
+    rows = []
+    for case, shape, dtype in progress(jobs, "ops"):
+        rows += measure(case, shape, dtype, device)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _tiny_model_rows(args: argparse.Namespace, device: str, progress) -> list:
+    from m3kernels.parity.model import measure_model, tiny_batch, tiny_model
+
+    rows = []
+    for dtype in progress(_dtypes(args, device), "tiny model"):
+        if device == "cpu" and dtype != torch.float32:
+            continue
+        rows += measure_model(tiny_model().to(device, dtype), tiny_batch(device), "patched tiny model")
+    return rows
+
+
+def _own_model_rows(args: argparse.Namespace, device: str) -> list:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from m3kernels.parity.model import measure_model, text_batch
+
+    config = AutoConfig.from_pretrained(args.model)
+    auto = AutoModelForCausalLM if config.model_type == "ministral3" else AutoModelForImageTextToText
+    dtype = getattr(torch, args.dtype) if args.dtype else "auto"
+    model = auto.from_pretrained(args.model, dtype=dtype).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    # an fp64 copy with gradients takes 16 bytes a parameter
+    truth = torch.float64 if parameters < 1e9 else torch.float32
+    if model.dtype == truth:
+        truth = torch.float64
+    batch = text_batch(model, device, args.tokens)
+    return measure_model(model, batch, args.model, truth_dtype=truth, gradients=not args.no_gradients)
+
+
+def _progress():
+    try:
+        from rich.progress import track
+    except ImportError:
+        return lambda jobs, label: jobs
+    return lambda jobs, label: track(jobs, description=f"checking {label}", transient=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; exit code 1 when any row fails."""
+    from m3kernels.parity.core import FACTOR, table
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    runs_kernels = use_triton("check", "auto", torch.empty(1, device=device))
+    progress = _progress()
+    rows = _op_rows(args, device, progress) + _tiny_model_rows(args, device, progress)
+    if args.model:
+        rows += _own_model_rows(args, device)
+    print(table(rows))
+    failed = sum(not row.passed for row in rows)
+    print(
+        f"\nrelative Frobenius error against fp64; allowed: {FACTOR} x eager's own error and the scatter of few values"
+    )
+    if not runs_kernels:
+        print(f"note: on {device} the plain PyTorch references were checked, not the kernels (those need a CUDA GPU)")
+    print(f"{len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
