@@ -29,9 +29,16 @@ CONFIG = TileConfig()
 
 
 @triton.jit
+def _tile(width, BLOCK: tl.constexpr):
+    tiles = tl.cdiv(width, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    return pid // tiles, (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def swiglu_fwd_kernel(p_gate, p_up, p_y, gate_stride, up_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    o_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # neighbouring programs work on neighbouring memory
+    row, o_col = _tile(width, BLOCK)
     mask = o_col < width
     gate = tl.load(p_gate + row * gate_stride + o_col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(p_up + row * up_stride + o_col, mask=mask, other=0.0).to(tl.float32)
@@ -43,8 +50,8 @@ def swiglu_fwd_kernel(p_gate, p_up, p_y, gate_stride, up_stride, width, BLOCK: t
 def swiglu_bwd_kernel(
     p_dy, p_gate, p_up, p_dgate, p_dup, gate_stride, up_stride, dgate_stride, dup_stride, width, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
-    o_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # neighbouring programs work on neighbouring memory
+    row, o_col = _tile(width, BLOCK)
     mask = o_col < width
     dy = tl.load(p_dy + row * width + o_col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(p_gate + row * gate_stride + o_col, mask=mask, other=0.0).to(tl.float32)
@@ -75,7 +82,7 @@ def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
         return y
     g, u = _halves(gate, up)
     rows, width = g.shape
-    grid = (rows, triton.cdiv(width, CONFIG.block))
+    grid = (rows * triton.cdiv(width, CONFIG.block),)
     strides = (g.stride(0), u.stride(0))
     launch("swiglu", swiglu_fwd_kernel, grid, g, u, y, *strides, width, BLOCK=CONFIG.block, num_warps=CONFIG.warps)
     return y
@@ -94,7 +101,7 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tens
     g, u = _halves(gate, up)
     dg, du = _halves(dgate, dup if up is not None else None)
     rows, width = g.shape
-    grid = (rows, triton.cdiv(width, CONFIG.block))
+    grid = (rows * triton.cdiv(width, CONFIG.block),)
     strides = (g.stride(0), u.stride(0), dg.stride(0), du.stride(0))
     tensors = (dy.contiguous(), g, u, dg, du)
     meta = {"BLOCK": CONFIG.block, "num_warps": CONFIG.warps}

@@ -19,8 +19,7 @@ FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(Health
 
 
 def make(case, shape=None, dtype=torch.float32, grad=True):
-    inputs = case.make(shape or case.small[0], dtype, torch.Generator().manual_seed(1))
-    inputs = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    inputs = case.make(shape or case.small[0], dtype, torch.Generator(DEVICE).manual_seed(1))
     return {
         n: x.requires_grad_(grad and n in case.wrt) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()
     }
@@ -132,21 +131,23 @@ def test_rows_of_a_wider_buffer_are_addressed_without_a_copy():
     )
 
 
+def assert_parity(case, shape, dtype, seed, ulps=1):
+    """A handful of values is no statistic: beside the factor, as many ulps of luck."""
+    report = measure(case, shape, dtype, DEVICE, seed=seed)
+    assert all(row.ours <= row.allowed + ulps * torch.finfo(dtype).eps for row in report), table(report)
+
+
 @FEW
-@given(rows=st.integers(0, 40), width=st.integers(1, 300), seed=st.integers(0, 99))
+@given(rows=st.integers(0, 40), width=st.integers(2, 300), seed=st.integers(0, 99))
 def test_norms_at_any_shape(rows, width, seed):
     for case in (RMS_NORM, ADD_RMS_NORM):
-        report = measure(case, (rows, width), torch.float32, DEVICE, seed=seed)
-        # a width of 1 leaves dx = 0 to rounding: nothing to compare relatively
-        report = [row for row in report if width > 1 or not row.output.startswith("d")]
-        assert all(row.passed for row in report), table(report)
+        assert_parity(case, (rows, width), torch.float32, seed)
 
 
 @FEW
 @given(rows=st.integers(0, 20), width=st.integers(1, 5000), seed=st.integers(0, 99))
 def test_swiglu_at_any_shape(rows, width, seed):
-    report = measure(SWIGLU, (rows, width), torch.float16, DEVICE, seed=seed)
-    assert all(row.passed for row in report), table(report)
+    assert_parity(SWIGLU, (rows, width), torch.float16, seed)
 
 
 @FEW
@@ -159,17 +160,14 @@ def test_swiglu_at_any_shape(rows, width, seed):
     seed=st.integers(0, 99),
 )
 def test_rotary_at_any_shape(batch, seq, kv_heads, group, half, seed):
-    shape = (batch, seq, kv_heads * group, kv_heads, 2 * half)
-    report = measure(ROTARY, shape, torch.float32, DEVICE, seed=seed)
-    assert all(row.passed for row in report), table(report)
+    assert_parity(ROTARY, (batch, seq, kv_heads * group, kv_heads, 2 * half), torch.float32, seed)
 
 
 @FEW
 @given(rows=st.integers(0, 20), width=st.integers(2, 40), vocab=st.integers(2, 700), seed=st.integers(0, 99))
 def test_loss_at_any_shape(rows, width, vocab, seed):
-    report = measure(LINEAR_CROSS_ENTROPY, (rows, width, vocab), torch.float32, DEVICE, seed=seed)
-    # a gradient of one or two rows is an outer product: as few independent roundings as rows, so two ulps more of luck
-    assert all(row.ours <= row.allowed + 2 * torch.finfo(torch.float32).eps for row in report), table(report)
+    # a gradient of one or two rows is an outer product, with as few independent roundings as rows
+    assert_parity(LINEAR_CROSS_ENTROPY, (rows, width, vocab), torch.float32, seed, ulps=2)
 
 
 def test_zero_rows():

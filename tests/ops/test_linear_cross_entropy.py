@@ -143,7 +143,7 @@ def test_plan_bounds_roundings_and_memory():
         assert in_fp32 or -(-rows // step) <= module.MAX_ROUNDINGS
         # logits held: the default budget, or at most what an fp32 sum of the gradient would take
         assert in_fp32 or step * 131072 * 2 <= max(module.LOGITS_BYTES, 131072 * 4096 * 4)
-    assert plan(8192) == (1408, False)
+    assert plan(8192) == (1536, False)
     assert plan(8192, needs_dweight=False) == (1024, False)
     assert plan(8192, accumulate="float32") == (1024, True)
     assert plan(8192, accumulate="weight") == (1024, False)

@@ -75,17 +75,17 @@ def outputs_and_gradients(
 ) -> list[Tensor]:
     """Outputs of ``function(**inputs)`` and the gradients of a fixed random projection of them with respect to ``wrt``.
 
-    The projection is drawn in fp64 and rounded to each output's dtype, the same for every dtype of the inputs.
+    The projection is the same for every dtype of the inputs.
     """
     leaves = {
         name: x.detach().requires_grad_(name in wrt) if isinstance(x, Tensor) else x for name, x in inputs.items()
     }
     outputs = function(**leaves)
     differentiable = [o for o in outputs if o.requires_grad]
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in differentiable]
+    generator = torch.Generator(outputs[0].device).manual_seed(seed)
+    weights = [torch.randn(o.shape, generator=generator, device=o.device) for o in differentiable]
     # values of a bf16 grid: every dtype can hold them, so all see one and the same incoming gradient
-    weights = [w.to(torch.bfloat16).to(o.dtype).to(o.device) for w, o in zip(weights, differentiable)]
+    weights = [w.to(torch.bfloat16).to(o.dtype) for w, o in zip(weights, differentiable)]
     grads = torch.autograd.grad(differentiable, [leaves[name] for name in wrt], weights)
     return [*outputs, *grads]
 
