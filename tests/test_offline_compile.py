@@ -26,7 +26,7 @@ MAY_SPILL = {
 rms = importlib.import_module("m3kernels.ops.rms_norm")
 swiglu = importlib.import_module("m3kernels.ops.swiglu")
 rotary = importlib.import_module("m3kernels.ops.rotary")
-loss = importlib.import_module("m3kernels.ops.linear_cross_entropy")
+loss = importlib.import_module("m3kernels.ops._cross_entropy_chunks")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict) -> dict:
@@ -138,15 +138,25 @@ def test_rotary(q_heads, k_heads, dim, by_position, scaled, backward, dtype):
 def test_cross_entropy(vocab, gradient, smoothing, correct):
     kernel, config = loss.cross_entropy_kernel, loss.row_config(vocab, keeps_more=smoothing or correct)
     types = {n: "i32" for n in kernel.arg_names} | {"smoothing": "fp32", "z_loss": "fp32", "p_label": "*i64"}
-    types |= {"p_logits": "*bf16", "p_scale": "*fp32", "p_loss": "*fp32", "p_correct": "*fp32"}
+    types |= {"p_logits": "*bf16"} | dict.fromkeys(("p_scale", "p_loss", "p_correct", "p_deferred", "p_rest"), "*fp32")
     constexprs = {
         "BLOCK": config.block,
         "WRITES_GRADIENT": gradient,
         "HAS_SMOOTHING": smoothing,
         "HAS_Z_LOSS": smoothing,
         "WANTS_CORRECT": correct,
+        "DEFERS_LABEL": gradient,
     }
     check(kernel, compile_sm90(kernel, config.warps, constexprs, types), vocab)
+
+
+def test_label_terms():
+    kernel = loss.add_label_terms_kernel
+    types = dict.fromkeys(("p_sorted", "p_order", "p_end"), "*i64") | {"p_deferred": "*fp32"}
+    types |= dict.fromkeys(("p_dweight", "p_hidden"), "*bf16") | dict.fromkeys(
+        ("hidden_stride", "width", "vocab"), "i32"
+    )
+    check(kernel, compile_sm90(kernel, 4, {"ROWS": 16, "BLOCK": 512}, types), 0)
 
 
 def test_the_check_fails_for_a_configuration_that_spills():

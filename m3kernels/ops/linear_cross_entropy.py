@@ -10,268 +10,24 @@ Rows go through in chunks. cuBLAS makes a chunk of logits; one kernel reads it t
     dlogits = scale_t * (softmax(logits_t) * (1 + 2 * z * lse_t) - (1 - s) * onehot(label_t) - s / vocab),
 
 and cuBLAS makes ``dhidden`` and ``dweight`` of that, all in the forward: the backward only multiplies by the incoming
-gradient. Accumulating ``dweight`` in bf16 rounds it once a chunk, so chunks are few (``MAX_ROUNDINGS``) or the sum is fp32.
+gradient. A bf16 ``dweight`` is rounded with every chunk; the large ``onehot`` terms would be rounded over and over, so where
+they do not cancel against the softmax they are left out and added once, at the end, in fp32: the error stays near that of
+one GEMM over all rows without an fp32 copy of the weight's gradient (``_cross_entropy_chunks.MAX_ROUNDINGS``).
 Nothing is computed for a weight or hidden state that needs no gradient, nor for ignored rows when the labels are on the
 host; labels on the GPU never cost a synchronisation.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m3kernels.ops._common import fused_op, launch, sm_count, use_triton
-from m3kernels.ops._triton import tl, triton
+from m3kernels.ops._cross_entropy_chunks import Options, check_labels, run_rows_that_count, scale_in_place_kernel
+from m3kernels.ops._triton import triton
 
-LOGITS_BYTES = 256 * 2**20
-# Chunk j of a bf16 sum rounds what has been summed so far: against one GEMM, with about as much error in its operands as
-# in its rounding, sqrt((0.9 + sum of the fractions summed so far) / 1.9). A short chunk first and five of 3/16 of the rows
-# make that 1.47 (measured 1.54 for six equal ones on an H200), with less memory than five equal ones.
-MAX_ROUNDINGS = 6
-LARGEST_FRACTION = (3, 16)
-# an fp32 sum is read and written once a chunk; more chunks than this and that traffic shows beside the GEMMs
-MAX_FP32_CHUNKS = 16
 # fp16 holds nothing below 6e-8: gradients stay scaled up, and unscaled in fp32 at the end
 FP16_SCALE = 1024.0
 REDUCTIONS = ("mean", "sum", "none")
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """Columns a program reads at a time, and its warps; one program handles one row."""
-
-    block: int
-    warps: int
-
-
-def row_config(vocab: int, keeps_more: bool = False) -> RowConfig:
-    """16,384 columns and 32 warps were the best of 14 at a vocabulary of 131,072 (H200).
-
-    With smoothing or accuracy each lane keeps more than a maximum and a sum: half the columns, or registers spill.
-    """
-    block = min(8192 if keeps_more else 16_384, triton.next_power_of_2(vocab))
-    return RowConfig(block, warps=min(32, max(4, block // 512)))
-
-
-@triton.jit
-def cross_entropy_kernel(
-    p_logits,
-    p_label,
-    p_scale,
-    p_loss,
-    p_correct,
-    row_stride,
-    scale_stride,
-    vocab,
-    ignore_index,
-    smoothing,
-    z_loss,
-    BLOCK: tl.constexpr,
-    WRITES_GRADIENT: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
-    WANTS_CORRECT: tl.constexpr,
-):
-    LOG2E: tl.constexpr = 1.4426950408889634
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(p_label + row).to(tl.int64)
-    p_row = p_logits + row * row_stride
-    o_lane = tl.arange(0, BLOCK)
-    loss = 0.0
-    correct = 0.0
-
-    if label == ignore_index:
-        if WRITES_GRADIENT:
-            for start in range(0, vocab, BLOCK):
-                tl.store(p_row + start + o_lane, tl.zeros([BLOCK], p_logits.dtype.element_ty), start + o_lane < vocab)
-    else:
-        # each lane keeps its own running maximum: no reduction across threads inside the loop
-        b_max = tl.full([BLOCK], -1e30, tl.float32)
-        b_sum = tl.zeros([BLOCK], tl.float32)
-        b_total = tl.zeros([BLOCK], tl.float32)
-        b_argmax = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, vocab, BLOCK):
-            o_col = start + o_lane
-            x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
-            b_new = tl.maximum(b_max, x)
-            b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.exp2((x - b_new) * LOG2E)
-            if WANTS_CORRECT:
-                b_argmax = tl.where(x > b_max, o_col, b_argmax)
-            if HAS_SMOOTHING:
-                b_total += tl.where(o_col < vocab, x, 0.0)
-            b_max = b_new
-        top = tl.max(b_max, axis=0)
-        lse = top + tl.log(tl.sum(b_sum * tl.exp2((b_max - top) * LOG2E), axis=0))
-        if WANTS_CORRECT:
-            first = tl.min(tl.where(b_max == top, b_argmax, 2147483647), axis=0)
-            correct = tl.where(first.to(tl.int64) == label, 1.0, 0.0)
-
-        smooth = tl.cast(smoothing, tl.float32) if HAS_SMOOTHING else 0.0
-        inside = (label >= 0) & (label < vocab)
-        x_label = tl.load(p_row + label, mask=inside, other=0.0).to(tl.float32)
-        loss = lse - (1.0 - smooth) * x_label
-        if HAS_SMOOTHING:
-            loss -= smooth * tl.sum(b_total, axis=0) / vocab
-        p_factor = 1.0
-        if HAS_Z_LOSS:
-            loss += tl.cast(z_loss, tl.float32) * lse * lse
-            p_factor = 1.0 + 2.0 * tl.cast(z_loss, tl.float32) * lse
-
-        if WRITES_GRADIENT:
-            scale = tl.load(p_scale + row * scale_stride)
-            for start in range(0, vocab, BLOCK):
-                o_col = start + o_lane
-                x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
-                # the true class is subtracted in fp32, before the one rounding
-                d = p_factor * tl.exp2((x - lse) * LOG2E) - tl.where(o_col == label, 1.0 - smooth, 0.0)
-                if HAS_SMOOTHING:
-                    d -= smooth / vocab
-                tl.store(p_row + o_col, (d * scale).to(p_logits.dtype.element_ty), mask=o_col < vocab)
-
-    tl.store(p_loss + row, loss)
-    if WANTS_CORRECT:
-        tl.store(p_correct + row, correct)
-
-
-@triton.jit
-def scale_in_place_kernel(p_x, p_scale, n, BLOCK: tl.constexpr):
-    scale = tl.load(p_scale)
-    # a gradient of exactly 1 is the common case, and known only on the device
-    if scale != 1.0:
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(p_x + at, mask=at < n, other=0.0).to(tl.float32)
-            tl.store(p_x + at, (x * scale).to(p_x.dtype.element_ty), mask=at < n)
-
-
-@dataclass(frozen=True)
-class _Options:
-    ignore_index: int
-    smoothing: float
-    z_loss: float
-    wants_correct: bool
-    needs_dhidden: bool
-    needs_dweight: bool
-    accumulate: str  # "auto", "weight" or "float32"
-    chunk_bytes: int  # 0: chosen here
-
-
-def _plan(rows: int, vocab: int, width: int, dtype: torch.dtype, options: _Options) -> tuple[int, bool]:
-    """(rows of logits held at once, whether the weight gradient is summed in fp32)."""
-
-    def at_least(n: int) -> int:
-        fitting = max(1, n, (options.chunk_bytes or LOGITS_BYTES) // (vocab * dtype.itemsize))
-        # whole tiles of the GEMM
-        return min(rows, -(-fitting // 128) * 128 if fitting >= 128 else fitting)
-
-    fewest = 0 if options.chunk_bytes else -(-rows // MAX_FP32_CHUNKS)
-    if not options.needs_dweight or dtype == torch.float32:
-        return at_least(0), False
-    if dtype == torch.float16 or options.accumulate == "float32":
-        return at_least(fewest), True
-    if options.accumulate == "weight":
-        return at_least(0), False
-    few = at_least(0 if options.chunk_bytes else -(-rows * LARGEST_FRACTION[0] // LARGEST_FRACTION[1]))
-    # past that many rows, the few large chunks would take more memory than an fp32 sum
-    if -(-rows // few) > MAX_ROUNDINGS or (not options.chunk_bytes and few > 2 * width > 0 and rows > few):
-        return at_least(fewest), True
-    return few, False
-
-
-def _accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
-    """``total (+)= dlogits.T @ hidden`` by one GEMM, whose fp32 accumulator meets ``total`` before the only rounding."""
-    beta = 0 if first else 1
-    if total.dtype == dlogits.dtype:
-        torch.addmm(total, dlogits.t(), hidden, beta=beta, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, dlogits.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
-    else:
-        torch.addmm(total, dlogits.t().float(), hidden.float(), beta=beta, out=total)
-
-
-def _chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: _Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses, hits) a row and (dhidden, dweight) scaled by ``scale`` (one value, or one a row); all on one device."""
-    (rows, width), vocab = hidden.shape, weight.shape[0]
-    step, in_fp32 = _plan(rows, vocab, width, hidden.dtype, options)
-    losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-    correct = torch.empty(rows if options.wants_correct else 0, dtype=torch.float32, device=hidden.device)
-    dhidden = hidden.new_empty((rows, width) if options.needs_dhidden else (0,))
-    dweight = weight.new_empty(
-        weight.shape if options.needs_dweight else (0,), dtype=torch.float32 if in_fp32 else weight.dtype
-    )
-    if rows == 0:
-        return losses, correct, dhidden, dweight.zero_()
-    buffer = hidden.new_empty((step, vocab))
-    config = row_config(vocab, options.wants_correct or options.smoothing != 0.0)
-    # the shortest chunk goes first, where its rounding costs least
-    stops = range(rows - (rows - 1) // step * step, rows + 1, step)
-    for stop in stops:
-        start = max(0, stop - step)
-        h, logits = hidden[start:stop], buffer[: stop - start]
-        torch.mm(h, weight.t(), out=logits)
-        launch(
-            "linear_cross_entropy",
-            cross_entropy_kernel,
-            (stop - start,),
-            logits,
-            labels[start:stop],
-            scale[start:stop] if scale.numel() > 1 else scale,
-            losses[start:stop],
-            correct[start:stop],
-            logits.stride(0),
-            1 if scale.numel() > 1 else 0,
-            vocab,
-            options.ignore_index,
-            options.smoothing,
-            options.z_loss,
-            BLOCK=config.block,
-            WRITES_GRADIENT=options.needs_dhidden or options.needs_dweight,
-            HAS_SMOOTHING=options.smoothing != 0.0,
-            HAS_Z_LOSS=options.z_loss != 0.0,
-            WANTS_CORRECT=options.wants_correct,
-            num_warps=config.warps,
-        )
-        if options.needs_dhidden:
-            torch.mm(logits, weight, out=dhidden[start:stop])
-        if options.needs_dweight:
-            _accumulate(dweight, logits, h, first=start == 0)
-    # fp16 stays in fp32 until the incoming gradient (a loss scale, usually) is known
-    return losses, correct, dhidden, dweight if hidden.dtype == torch.float16 else dweight.to(weight.dtype)
-
-
-def _rows_that_count(
-    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: _Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`_chunked` over the rows that are not ignored when the host knows them, over all rows otherwise."""
-    _check_labels(labels, weight.shape[0], options.ignore_index)
-    if labels.device.type != "cpu":
-        return _chunked(hidden, weight, labels, scale, options)
-    kept = (labels != options.ignore_index).nonzero().squeeze(1)
-    rows, labels = len(labels), labels[kept].to(hidden.device, non_blocking=True)
-    if len(kept) == rows:
-        return _chunked(hidden, weight, labels, scale, options)
-    kept = kept.to(hidden.device, non_blocking=True)
-    few_scales = scale.index_select(0, kept) if scale.numel() > 1 else scale
-    losses, correct, dhidden, dweight = _chunked(hidden.index_select(0, kept), weight, labels, few_scales, options)
-
-    def spread(few: Tensor, wanted: bool) -> Tensor:
-        return few.new_zeros((rows, *few.shape[1:])).index_copy_(0, kept, few) if wanted else few
-
-    return spread(losses, True), spread(correct, options.wants_correct), spread(dhidden, options.needs_dhidden), dweight
-
-
-def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-    message = f"linear_cross_entropy: a label is neither in [0, {vocab}) nor ignore_index {ignore_index}"
-    if labels.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(~wrong.any(), message)
-    elif wrong.any():
-        raise ValueError(
-            f"{message}: found {labels[wrong][:5].tolist()}; check the tokenizer and the model's vocabulary"
-        )
 
 
 def _per_row(
@@ -289,13 +45,13 @@ def _per_row(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses and hits a row, and the gradients of ``sum(scale * losses)``; what is not wanted comes back empty."""
-    options = _Options(
+    options = Options(
         ignore_index, smoothing, z_loss, wants_correct, needs_dhidden, needs_dweight, accumulate, chunk_bytes
     )
     if hidden.dtype != torch.float16:
-        return _rows_that_count(hidden, weight.contiguous(), labels, scale, options)
+        return run_rows_that_count(hidden, weight, labels, scale, options)
     scaled_up = scale * FP16_SCALE if scale.numel() > 1 else torch.full_like(scale, FP16_SCALE)
-    return _rows_that_count(hidden, weight.contiguous(), labels, scaled_up, options)
+    return run_rows_that_count(hidden, weight, labels, scaled_up, options)
 
 
 def _reduced(
@@ -351,6 +107,8 @@ def _reduced_setup(ctx, inputs, output):
     hidden, _, _, scale = inputs[:4]
     _, hits, dhidden, dweight = output
     ctx.dtype = hidden.dtype
+    # or the engine would fill gradients for dhidden and dweight with zeros, as large as they are
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(hits, dhidden, dweight)
     ctx.save_for_backward(dhidden, dweight, scale)
 
@@ -418,6 +176,7 @@ def _losses_backward_fake(dlosses, hidden, weight, labels, *options):
 def _losses_setup(ctx, inputs, output):
     hidden, weight, labels, *options, _, accumulate, chunk_bytes = inputs
     ctx.options, ctx.chunking = options, (accumulate, chunk_bytes)
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(hidden, weight, labels)
 
@@ -464,7 +223,7 @@ def linear_cross_entropy_reference(
     """Plain PyTorch with all logits at once, the loss in fp32 (fp64 for fp64); skips ignored rows when labels are on the host."""
     shape, vocab = labels.shape, weight.shape[0]
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    _check_labels(labels, vocab, ignore_index)
+    check_labels(labels, vocab, ignore_index)
     valid = labels != ignore_index
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         kept = valid.nonzero().squeeze(1)
