@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import launch
+from m3kernels.ops._common import launch, sm_count
 from m3kernels.ops._triton import tl, triton
 
 LOGITS_BYTES = 256 * 2**20
@@ -176,14 +176,25 @@ def add_label_terms_kernel(
 
 
 @triton.jit
-def scale_in_place_kernel(p_x, p_scale, n, BLOCK: tl.constexpr):
+def scale_kernel(p_x, p_out, p_scale, n, BLOCK: tl.constexpr, IN_PLACE: tl.constexpr):
     scale = tl.load(p_scale)
     # a gradient of exactly 1 is the common case, and known only on the device
-    if scale != 1.0:
+    if (scale != 1.0) | (not IN_PLACE):
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
             at = start + tl.arange(0, BLOCK)
             x = tl.load(p_x + at, mask=at < n, other=0.0).to(tl.float32)
-            tl.store(p_x + at, (x * scale).to(p_x.dtype.element_ty), mask=at < n)
+            tl.store(p_out + at, (x * scale).to(p_out.dtype.element_ty), mask=at < n)
+
+
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """``grad * factor`` in ``dtype``, multiplied in fp32 (PyTorch would round ``factor`` to the gradient's dtype first)."""
+    in_place = in_place and grad.dtype == dtype
+    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    if grad.numel():
+        programs = min(triton.cdiv(grad.numel(), 4096), 8 * sm_count(grad.device))
+        args = (grad, out, factor, grad.numel())
+        launch("linear_cross_entropy backward", scale_kernel, (programs,), *args, BLOCK=4096, IN_PLACE=in_place)
+    return out
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3kernels.ops._common import fused_op, launch, sm_count, use_triton
-from m3kernels.ops._cross_entropy_chunks import Options, check_labels, run_rows_that_count, scale_in_place_kernel
-from m3kernels.ops._triton import triton
+from m3kernels.ops._common import fused_op, use_triton
+from m3kernels.ops._cross_entropy_chunks import Options, check_labels, run_rows_that_count, scaled
 
 # fp16 holds nothing below 6e-8: gradients stay scaled up, and unscaled in fp32 at the end
 FP16_SCALE = 1024.0
@@ -86,17 +85,7 @@ def _reduced_backward(
     dhidden: Tensor, dweight: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """Both gradients times ``factor``, one fp32 value on the device."""
-
-    def scaled(grad: Tensor) -> Tensor:
-        if not in_place or grad.dtype != dtype:
-            return (grad * factor).to(dtype)
-        if grad.numel():
-            programs = min(triton.cdiv(grad.numel(), 4096), 8 * sm_count(grad.device))
-            args = (grad, factor, grad.numel())
-            launch("linear_cross_entropy backward", scale_in_place_kernel, (programs,), *args, BLOCK=4096)
-        return grad
-
-    return scaled(dhidden), scaled(dweight)
+    return scaled(dhidden, factor, dtype, in_place), scaled(dweight, factor, dtype, in_place)
 
 
 def _reduced_backward_fake(dhidden, dweight, factor, dtype, in_place):
@@ -162,8 +151,9 @@ def _losses_backward(
     _, _, dhidden, dweight = _per_row(hidden, weight, labels, dlosses.float().contiguous(), *options)
     if hidden.dtype != torch.float16:
         return dhidden, dweight
-    up = FP16_SCALE if dlosses.numel() > 1 else FP16_SCALE / dlosses.float()
-    return (dhidden / up).to(hidden.dtype), (dweight / up).to(hidden.dtype)
+    one = torch.ones((), dtype=torch.float32, device=hidden.device)
+    down = (dlosses.float().view(()) if dlosses.numel() == 1 else one) / FP16_SCALE
+    return scaled(dhidden, down, hidden.dtype, False), scaled(dweight, down, hidden.dtype, False)
 
 
 def _losses_backward_fake(dlosses, hidden, weight, labels, *options):

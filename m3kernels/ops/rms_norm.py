@@ -87,8 +87,9 @@ def rms_norm_fwd_kernel(
         tl.store(p_summed + o_row * WIDTH + o_col, b_x, mask=mask)
 
     x = b_x.to(tl.float32)
-    mean_square = tl.sum(x * x, axis=1, keep_dims=True) / WIDTH
-    rstd = 1.0 / tl.sqrt(mean_square + tl.cast(eps, tl.float32))
+    mean_square = tl.div_rn(tl.sum(x * x, axis=1, keep_dims=True), WIDTH * 1.0)
+    # correctly rounded: an error here is one and the same for the whole row
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + tl.cast(eps, tl.float32)))
     x_hat = (x * rstd).to(b_x.dtype).to(tl.float32)
     weight = tl.load(p_weight + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
 

@@ -1,0 +1,51 @@
+# make demo   sets up .venv and runs the demo
+# make test   sets up .venv and runs the whole suite
+#
+# TORCH   what to install where no fitting torch is present, e.g. TORCH="torch==2.13.0 --index-url URL-of-a-CUDA-build"
+# PYTHON  the interpreter that makes .venv
+# VENV    where; VENV= (empty) uses PYTHON's own environment and leaves its torch alone
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+STAMP := $(if $(VENV),$(VENV)/.m3k,.m3k)
+# -p no:cacheprovider: two runs below, one cache would mix them
+PYTEST := $(PY) -m pytest -n $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}') -p no:cacheprovider
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)-demo
+	$(PY) -m m3kernels.cli demo $(ARGS)
+
+# kernels run in Triton's interpreter where there is no GPU; the rest of the suite takes the plain PyTorch references
+test: $(STAMP)-test
+	$(PYTEST) tests --ignore tests/ops $(ARGS)
+	$(if $(shell command -v nvidia-smi 2>/dev/null),,TRITON_INTERPRET=1) $(PYTEST) tests/ops $(ARGS)
+
+lint:
+	ruff check . && ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info demo-output
+
+ifneq ($(VENV),)
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+endif
+
+# torch first and by itself: a bare requirement would take the newest CUDA build, of several GB
+define install
+	$(PY) -c "import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -e '.[$(1)]' $(2)
+	touch $@
+endef
+
+$(STAMP)-demo: $(if $(VENV),$(PY)) pyproject.toml setup.py
+	$(call install,demo)
+
+# triton 3.6.0 is what the kernels were measured with; a CUDA build of torch brings a triton of its own
+$(STAMP)-test: $(if $(VENV),$(PY)) pyproject.toml setup.py
+	$(call install,test,`$(PY) -c "import torch; print('' if torch.version.cuda or torch.version.hip else 'triton==3.6.0')"`)
