@@ -88,6 +88,20 @@ def test_gradients_survive_a_kept_graph(incoming, dtype):
         torch.autograd.grad(loss, (hidden, weight), incoming)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+def test_an_incoming_gradient_costs_one_more_rounding(dtype):
+    hidden, weight, labels = make(rows=60, vocab=1000, dtype=dtype)
+    incoming = torch.tensor(0.3671875, device=DEVICE)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    truth = torch.autograd.grad(linear_cross_entropy_reference(*wide, labels), wide, incoming.double())
+    eager = torch.autograd.grad(linear_cross_entropy_reference(hidden, weight, labels), (hidden, weight), incoming)
+    for keep in (True, False):
+        loss = linear_cross_entropy(hidden, weight, labels)
+        got = torch.autograd.grad(loss, (hidden, weight), incoming, retain_graph=keep)
+        for g, e, t in zip(got, eager, truth):
+            assert relative_error(g, t) <= 1.5 * relative_error(e, t) + torch.finfo(dtype).eps / 4
+
+
 def test_fp16_gradients_do_not_underflow():
     hidden, weight, labels = make(rows=64, vocab=4000, dtype=torch.float16, ignored=0)
     loss = linear_cross_entropy(hidden, weight * 0.01, labels, num_items_in_batch=100_000)

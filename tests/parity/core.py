@@ -84,6 +84,8 @@ def outputs_and_gradients(
     differentiable = [o for o in outputs if o.requires_grad]
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, device=o.device) for o in differentiable]
+    # a scalar is a loss: it is projected by 1, as backward() does
+    weights = [w if w.dim() else torch.ones_like(w) for w in weights]
     # values of a bf16 grid: every dtype can hold them, so all see one and the same incoming gradient
     weights = [w.to(torch.bfloat16).to(o.dtype) for w, o in zip(weights, differentiable)]
     grads = torch.autograd.grad(differentiable, [leaves[name] for name in wrt], weights)

@@ -95,8 +95,9 @@ RMS_NORM = OpCase(
     outputs=("y",),
     ours=lambda x, weight, eps: (ops.rms_norm(x, weight, eps),),
     eager=lambda x, weight, eps: (ops.rms_norm_reference(x, weight, eps),),
-    # few rows: the interpreter adds rows one by one where a GPU adds them as a tree
-    small=((7, 96), (33, 130), (5, 1), (1, 3072), (3, 5120), (16, 64)),
+    # not one row: its single rstd, rounded one way or the other, would be the whole error;
+    # and few rows: the interpreter adds rows one by one where a GPU adds them as a tree
+    small=((7, 96), (33, 130), (5, 1), (8, 3072), (6, 5120), (16, 64)),
     real=((8192, 4096), (4095, 3072), (1025, 5120), (4097, 1024), (77, 16384), (9, 65536), (300, 127)),
     wrong={
         "eps dropped": lambda x, weight, eps: (ops.rms_norm(x, weight, 0.0),),
@@ -289,7 +290,6 @@ def _make_loss(shape, dtype, generator):
 def _loss(**options):
     def run(hidden, weight, labels):
         losses = ops.linear_cross_entropy(hidden, weight, labels, **{**options, "reduction": "none"}).detach()
-        # the mean's gradient is a weighted one: scaled by the projection's random factor
         return losses, ops.linear_cross_entropy(hidden, weight, labels, **options)
 
     return run
@@ -308,7 +308,7 @@ def _loss_none(op):
 
 
 LOSS_SHAPES = {
-    "small": ((30, 48, 301), (7, 33, 130), (5, 16, 1000)),
+    "small": ((30, 48, 301), (23, 33, 130), (16, 16, 1000)),
     "real": ((2048, 3072, 131072), (1111, 4096, 32003)),
 }
 
