@@ -16,6 +16,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "interpreter: cheap enough to run under TRITON_INTERPRET=1 as well")
     # the models are tiny: threads cost more than they bring
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        # "bit-equal" is a claim about our code, not about the order of atomic adds in torch's
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ Weights are redrawn wide: with Hugging Face's own 0.02 attention is nearly unifo
 Sizes are odd where they may be, and the query scale acts from position 8 on (``original_max_position_embeddings``).
 """
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable
@@ -260,3 +261,31 @@ class Float64(TorchFunctionMode):
     def __exit__(self, *exception):
         torch.set_default_dtype(torch.float32)
         return super().__exit__(*exception)
+
+
+def assert_error_at_most_eagers(ours: nn.Module, plain: nn.Module, context=contextlib.nullcontext) -> None:
+    """error(ours) <= 1.5 x error(eager), both against fp64, RMS over each tensor and eight batches.
+
+    Two RMS estimates of n independent errors have a ratio with standard deviation 1 / sqrt(n), however good the code:
+    three of those are allowed on top. That makes 3.1 for the loss (n = 8) and at most 1.75 for any other tensor.
+    """
+    truth = copy.deepcopy(plain).double()
+    error, count = {}, {}
+    for seed in range(8):
+        batch = batch_for(plain, seed=seed)
+        with Float64():
+            exact = observe(truth, {k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+        for which, model in enumerate((ours, plain)):
+            with context():
+                seen = observe(model, batch)
+            assert seen.keys() == exact.keys()
+            for name, value in seen.items():
+                squares = error.setdefault(name, [0.0, 0.0])
+                squares[which] += (value.double() - exact[name]).square().sum().item()
+                count[name] = count.get(name, 0) + value.numel() / 2
+    wrong = {
+        name: (ours_off / eager_off) ** 0.5 if eager_off else ours_off
+        for name, (ours_off, eager_off) in error.items()
+        if not ours_off**0.5 <= 1.5 * eager_off**0.5 * (1 + 3 / count[name] ** 0.5)
+    }
+    assert not wrong, wrong

@@ -28,6 +28,7 @@ from models import (
     IMAGES,
     Float64,
     assert_both,
+    assert_error_at_most_eagers,
     assert_parity,
     assert_same,
     batch_for,
@@ -128,22 +129,20 @@ def place(batch: dict, device: str) -> dict:
 
 
 @pytest.mark.parametrize("window", [None, 6], ids=["full", "window"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("make", FORWARDS, ids=lambda f: f.__name__[1:])
 def test_forward_and_gradients(make, attention, window, device):
-    if attention == "flex_attention":
-        if device == "cpu" and make is not _left:
-            pytest.skip("flex_attention has no backward on CPU; one forward is in test_flex_attention_on_cpu")
-        if device == "cpu":
-            return _flex_on_cpu(make, window)
     plain, ours = twins(attention=attention, device=device, sliding_window=window)
     assert_parity(ours, plain, place(make(plain), device))
 
 
-def _flex_on_cpu(make, window):
-    plain, ours = twins(attention="flex_attention", sliding_window=window)
-    with torch.no_grad():
-        assert_both(ours, plain, lambda model: model(**make(model)))
+@pytest.mark.slow  # compiles flex_attention
+def test_flex_attention(device):
+    plain, ours = twins(attention="flex_attention", device=device)
+    if device == "cuda":
+        return assert_parity(ours, plain, _left(plain))
+    with torch.no_grad():  # it has no backward on CPU
+        assert_both(ours, plain, lambda model: model(**_left(model)))
 
 
 def test_boolean_4d_mask(device):
@@ -427,6 +426,7 @@ def test_loss_arguments(name, kind, device):
     assert_parity(ours, plain, batch, **options)
 
 
+@pytest.mark.interpreter
 def test_positional_arguments(text_pair):
     """input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels"""
     plain, ours = text_pair
@@ -497,6 +497,7 @@ def test_custom_loss_function(kind, device):
     assert_parity(ours, plain, batch_for(plain))
 
 
+@pytest.mark.interpreter
 def test_label_out_of_range(text_pair):
     plain, ours = text_pair
     if next(ours.parameters()).is_cuda:
@@ -604,7 +605,8 @@ def test_global_hooks_fire_on_the_same_modules(text_pair):
         finally:
             handle.remove()
         called.append(seen)
-    assert called[1] == called[0]
+    # the order of gate, activation and up is nobody's contract
+    assert sorted(called[1]) == sorted(called[0])
 
 
 INSTANCE_FORWARDS = [
@@ -669,7 +671,7 @@ def test_gradient_checkpointing(kind, device, reentrant):
         model.enable_input_require_grads()
         calls = []
         handles = [
-            m.register_forward_hook(lambda m, a, o: calls.append(1))
+            m.register_forward_hook(lambda m, a, o, calls=calls: calls.append(1))
             for n, m in model.named_modules()
             if n.endswith("gate_proj")
         ]
@@ -699,6 +701,7 @@ def test_input_gradient_reaches_embeddings_given(text_pair):
     assert_both(ours, plain, run)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("frozen", ["lm_head", "norm", "model.layers.0", "all but lm_head", "all but norms"])
 def test_frozen_parts(text_pair, frozen):
     plain, ours = text_pair
@@ -717,6 +720,7 @@ def _compiled_step(model, batch):
     return {"loss": loss.detach(), **gradients(model)}
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("padding", ["", "right"])
 def test_compile_training(text_pair, padding):
     plain, ours = text_pair
@@ -729,6 +733,7 @@ def test_compile_training(text_pair, padding):
     assert_same(compiled, {"loss": loss.detach(), **gradients(plain)}, FP32)
 
 
+@pytest.mark.interpreter
 def test_compile_inference(text_pair):
     plain, ours = text_pair
     batch = inputs(text_batch(plain))
@@ -976,6 +981,7 @@ def test_unpatch_under_wrapped_forwards(text_pair):
     assert_parity(ours, plain, text_batch(plain), 0.0)
 
 
+@pytest.mark.interpreter
 def test_ddp(process_group):
     plain, ours = twins()
     batch = text_batch(plain)
@@ -1047,6 +1053,48 @@ def test_patch_after_fsdp2_is_reported(process_group):
     assert_same({"loss": ours(**batch).loss}, {"loss": plain(**batch).loss}, FP32)
 
 
+def _two_ranks(rank: int, folder: str) -> None:
+    """FSDP2 over two ranks with a row of the batch each, then transformers' tensor parallelism; run in its own process."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    plain, ours = twins(vocab_size=152)
+    batch = text_batch(plain)
+    mine = {k: v[rank : rank + 1] for k, v in batch.items()}
+    for layer in ours.model.layers:
+        fully_shard(layer)
+    fully_shard(ours)
+    ours.train()
+    ours(**mine).loss.backward()
+    for row in range(2):
+        (plain(**{k: v[row : row + 1] for k, v in batch.items()}).loss / 2).backward()
+    assert_same({k: v.full_tensor() for k, v in gradients(ours).items()}, gradients(plain), FP32)
+
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=2)
+    sharded = Ministral3ForCausalLM.from_pretrained(f"{folder}/model", distributed_config=config).train()
+    patch(sharded)
+    loss = sharded(**batch).loss
+    loss.backward()
+    plain.zero_grad()
+    reference = plain(**batch)
+    reference.loss.backward()
+    local = {"loss": loss, "norm": sharded.model.norm.weight.grad}
+    if hasattr(local["norm"], "full_tensor"):
+        local["norm"] = local["norm"].full_tensor()
+    assert_same(tensors(local), tensors({"loss": reference.loss, "norm": plain.model.norm.weight.grad}), FP32)
+    dist.destroy_process_group()
+
+
+def test_two_ranks(tmp_path):
+    build(vocab_size=152).save_pretrained(tmp_path / "model")
+    torch.multiprocessing.spawn(_two_ranks, (str(tmp_path),), nprocs=2)
+
+
 def test_meta_device(kind):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -1058,9 +1106,9 @@ def test_meta_device(kind):
         )
         ours = auto.from_config(config)
     report = patch(ours)
-    assert report.patched["rms_norm"] and "meta" in str(report)
+    assert report.patched["rms_norm"] and report.backend["rms_norm"] == "decided when weights are loaded"
     ids = torch.zeros(2, 7, dtype=torch.long, device="meta")
-    assert ours(ids, use_cache=False).logits.shape == (2, 7, 151)
+    assert ours(ids).logits.shape == (2, 7, 151)
     # filled with weights after patching, as large models are loaded
     filled = build(kind)
     ours.load_state_dict(filled.state_dict(), assign=True)
@@ -1087,39 +1135,28 @@ def test_meta_device_with_labels():
 
 
 def test_autocast(kind, device):
-    """bf16 autocast over fp32 weights: our error against fp64 is at most 1.5 times that of eager."""
+    """bf16 autocast over fp32 weights, held to the rule for bf16 models."""
     plain, ours = twins(kind, device=device)
-    truth = copy.deepcopy(plain).double()
-    error = {}
-    for seed in range(4):
-        batch = batch_for(plain, seed=seed)
-        with Float64():
-            exact = observe(truth, {k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
-        for which, model in (("ours", ours), ("eager", plain)):
-            with torch.autocast(device, torch.bfloat16):
-                seen = observe(model, batch)
-            for name in ("logits", "grad of lm_head.weight", *(n for n in seen if "layers.0.self_attn.q_proj" in n)):
-                error.setdefault(name, {}).setdefault(which, []).append(
-                    (seen[name].double() - exact[name]).norm().item()
-                )
-    for name, off in error.items():
-        assert sum(off["ours"]) <= 1.5 * sum(off["eager"]), (name, off)
+    assert_error_at_most_eagers(ours, plain, lambda: torch.autocast(device, torch.bfloat16))
 
 
 def test_fp32_norms_on_a_bf16_model(device):
     """``prepare_model_for_kbit_training`` leaves norms in fp32; autocast then brings their output back to bf16."""
     plain, ours = twins(device=device, dtype=torch.bfloat16)
     for model in (plain, ours):
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() == 1:
                 p.data = p.data.float()
+    assert_error_at_most_eagers(ours, plain, lambda: torch.autocast(device, torch.bfloat16))
     batch = inputs(text_batch(plain))
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        got, reference = ours(**batch).logits, plain(**batch).logits
-    assert got.dtype == reference.dtype
-    assert_same({"logits": got}, {"logits": reference}, 16 * 2**-8)  # two layers of about ten bf16 roundings
+    with torch.autocast(device, torch.bfloat16):
+        assert ours(**batch).logits.dtype == plain(**batch).logits.dtype
+        assert (
+            ours.model(**batch).last_hidden_state.dtype == plain.model(**batch).last_hidden_state.dtype == torch.float32
+        )
 
 
+@pytest.mark.interpreter
 def test_grad_scaler_and_accumulation(text_pair):
     """Loss scaled and summed over micro-batches: the gradient of the fused loss takes any incoming gradient."""
     plain, ours = text_pair
@@ -1134,6 +1171,7 @@ def test_grad_scaler_and_accumulation(text_pair):
     assert_both(ours, plain, run)
 
 
+@pytest.mark.interpreter
 def test_retained_graph(text_pair):
     plain, ours = text_pair
 
@@ -1148,6 +1186,7 @@ def test_retained_graph(text_pair):
     assert_both(ours, plain, run)
 
 
+@pytest.mark.interpreter
 def test_two_losses_of_one_forward(text_pair):
     """An auxiliary term on hidden states beside the fused loss."""
     plain, ours = text_pair

@@ -14,12 +14,12 @@ from models import (
     IMAGES,
     Float64,
     assert_both,
+    assert_error_at_most_eagers,
     assert_parity,
     assert_same,
     batch_for,
     build,
     observe,
-    on,
     rope,
     text_batch,
     twins,
@@ -41,31 +41,6 @@ def test_parity_in_fp64(kind, device, attention):
     plain, ours = twins(kind, device=device, dtype=torch.float64, attention=attention)
     with Float64():
         assert_parity(ours, plain, batch_for(plain), FP64)
-
-
-def assert_error_at_most_eagers(ours, plain):
-    """error(ours) <= 1.5 x error(eager), both against fp64, RMS over each tensor and eight batches.
-
-    Two RMS estimates of n independent errors have a ratio with standard deviation 1 / sqrt(n), however good the code:
-    three of those are allowed on top. That makes 3.1 for the loss (n = 8) and at most 1.75 for any other tensor.
-    """
-    truth = copy.deepcopy(plain).double()
-    error, count = {}, {}
-    for seed in range(8):
-        batch = batch_for(plain, seed=seed)
-        with Float64():
-            exact = observe(truth, on(batch, truth))
-        for which, model in enumerate((ours, plain)):
-            for name, value in observe(model, batch).items():
-                squares = error.setdefault(name, [0.0, 0.0])
-                squares[which] += (value.double() - exact[name]).square().sum().item()
-                count[name] = count.get(name, 0) + value.numel() / 2
-    wrong = {
-        name: (ours_off / eager_off) ** 0.5
-        for name, (ours_off, eager_off) in error.items()
-        if not ours_off**0.5 <= 1.5 * eager_off**0.5 * (1 + 3 / count[name] ** 0.5)
-    }
-    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

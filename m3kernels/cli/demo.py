@@ -28,7 +28,7 @@ def _positive(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to a parser or subparser."""
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")
     add("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, bfloat16 on cuda); AdamW works in fp32")
     add("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
     add("--steps", type=_positive, metavar="N", help="training steps; when given, no accuracy is required at the end")
@@ -50,14 +50,15 @@ def _check_packages() -> None:
             ) from error
 
 
-def _check_device(device: str) -> None:
+def _device(asked: str | None) -> str:
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+    if asked == "cuda" and not torch.cuda.is_available():
         raise DemoError(
             f"--device cuda was given, but torch {torch.__version__} sees no CUDA GPU; use --device cpu, or install a CUDA "
             "build of torch on a machine with an NVIDIA GPU"
         )
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     saved: list[Path] = []
     try:
         _check_packages()
-        _check_device(args.device)
+        args.device = _device(args.device)
         from m3kernels.cli.demo_session import run_session
 
         run_session(args, saved)

@@ -16,6 +16,7 @@ from m3kernels.cli.demo_data import Sample  # noqa: E402
 from m3kernels.cli.demo_train import Progress  # noqa: E402
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+LONGEST_ANSWER = 16
 
 
 def _remove(path: Path) -> None:
@@ -52,10 +53,12 @@ class Outputs:
                 _remove(old)
                 final.rename(old)
             os.replace(partial, final)
-            _remove(old)
+            self.saved.append(final)
         finally:
+            if old.exists() and not final.exists():
+                old.rename(final)
+            _remove(old)
             _remove(partial)
-        self.saved.append(final)
 
 
 def plot_training(history: Sequence[Progress], path: Path) -> None:
@@ -69,7 +72,9 @@ def plot_training(history: Sequence[Progress], path: Path) -> None:
     axis.set(xlabel="step", ylabel="cross-entropy per answer token", yscale="log")
     validated = [p for p in history if p.accuracy is not None]
     twin = axis.twinx()
-    twin.plot([p.step for p in validated], [100 * p.accuracy for p in validated], "o-", color=RIGHT, label="accuracy")
+    if validated:
+        percent = [100 * p.accuracy for p in validated]
+        twin.plot([p.step for p in validated], percent, "o-", color=RIGHT, label="accuracy")
     twin.set(ylabel="exact answers on validation digits (%)", ylim=(0, 102))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -93,6 +98,8 @@ def plot_answers(samples: Sequence[Sample], answers: Sequence[str], path: Path, 
                 spine.set(color="#8c959f", linewidth=0.8)
         verdict = "right" if right else f"wrong, it is {sample.answer!r}"
         cell.suptitle(sample.question, fontsize=9)
-        cell.supxlabel(f"model: {answer!r}  ({verdict})", fontsize=11, color=color)
+        # untrained models answer in any script, and with $; the font and matplotlib's math know neither
+        shown = ascii(answer if len(answer) <= LONGEST_ANSWER else answer[:LONGEST_ANSWER] + "...")
+        cell.supxlabel(f"model: {shown}  ({verdict})", fontsize=11, color=color, parse_math=False)
     figure.savefig(path)
     plt.close(figure)

@@ -5,7 +5,8 @@ import copy
 import json
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 import m3kernels
 from m3kernels.cli.demo import DemoError
@@ -42,12 +44,13 @@ from m3kernels.cli.demo_train import (
     random_batch,
     train,
 )
+from m3kernels.patching import PatchError
 
 REQUIRED_ACCURACY = 0.80
 SHEET_SAMPLES = 12
 PARITY_SAMPLES = 4
 # our error may be this many times the unpatched model's, plus this many roundings of the dtype
-PARITY_FACTOR, PARITY_ROUNDINGS = 4, 4
+PARITY_FACTOR, PARITY_ROUNDINGS = 3, 2
 VALIDATION_SEED, TEST_SEED, PARITY_SEED = 11, 12, 13
 
 
@@ -71,7 +74,7 @@ def run_session(args: argparse.Namespace, saved: list[Path]) -> None:
     """Run every stage.
 
     Args:
-        args: the options of :func:`m3kernels.cli.demo.add_arguments`.
+        args: the options of :func:`m3kernels.cli.demo.add_arguments`, ``device`` decided.
         saved: receives each output's path when it is complete.
 
     Raises:
@@ -79,28 +82,43 @@ def run_session(args: argparse.Namespace, saved: list[Path]) -> None:
     """
     watch = Stopwatch()
     outputs = Outputs(args.output, saved)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    with tempfile.TemporaryDirectory(prefix="m3kernels-demo-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="m3kernels-demo-") as scratch, _without_loading_bars():
         tokenizer = Path(scratch) / "tekken.json"
         write_tokenizer(tokenizer)
-        encoder = ChatEncoder(tokenizer)
-        config = model_config(encoder.vocab_size, ModelSize())
-        model = build_model(config, seed=args.seed, device=args.device, dtype=dtype)
-        train_config = TrainConfig() if args.steps is None else replace(TrainConfig(), steps=args.steps)
-        session = Session(args, Console(), outputs, encoder, load_splits(), model, train_config)
+        session = _start(args, outputs, ChatEncoder(tokenizer))
         _introduce(session)
         parity = [] if args.no_patch else _patch(session)
         results = _train_and_evaluate(session)
         _checkpoint(session, tokenizer)
-    timings = _time_steps(session)
-    facts = {"parity": [asdict(row) for row in parity], **results, "step_timings": timings, **_versions(session)}
-    facts |= {"total_seconds": round(watch.wall, 1), "total_cpu_seconds": round(watch.cpu, 1)}
+        timings = _time_steps(session)
+    seconds = {"total_seconds": round(watch.wall, 1), "total_cpu_seconds": round(watch.cpu, 1)}
+    facts = {**_versions(session), **results, **seconds, "parity": [asdict(row) for row in parity], "timings": timings}
     with outputs.writing("results.json") as path:
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    session.say(f"\nTotal: {watch.wall:.0f} s, {watch.cpu:.0f} s of CPU time. Files in {args.output}:")
-    for path in outputs.saved:
+    session.say(f"\nTotal: {watch.wall:.0f} s, {watch.cpu:.0f} s of CPU time. Files:")
+    for path in saved:
         session.say(f"  {path}")
     _require_accuracy(session, results["accuracy_after"])
+
+
+def _start(args: argparse.Namespace, outputs: Outputs, encoder: ChatEncoder) -> Session:
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    config = model_config(encoder.vocab_size, ModelSize())
+    model = build_model(config, seed=args.seed, device=args.device, dtype=dtype)
+    train_config = TrainConfig() if args.steps is None else replace(TrainConfig(), steps=args.steps)
+    return Session(args, Console(), outputs, encoder, load_splits(), model, train_config)
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """transformers' bars for saving and loading would cut through the demo's own output."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _versions(session: Session) -> dict:
@@ -137,7 +155,10 @@ def _patch(session: Session) -> list[ParityRow]:
     model = session.model
     eager = copy.deepcopy(model)
     exact = copy.deepcopy(model).double()
-    session.say(str(m3kernels.patch(model)))
+    try:
+        session.say(str(m3kernels.patch(model)))
+    except PatchError as error:
+        raise DemoError(f"the model cannot be patched: {error}") from error
     if session.args.device == "cpu":
         session.say(
             "On the CPU patched modules run the plain PyTorch reference; the Triton kernels run with --device cuda."
@@ -158,13 +179,13 @@ def _patch(session: Session) -> list[ParityRow]:
 
 
 def _show_parity(session: Session, rows: Sequence[ParityRow]) -> None:
-    table = Table(title="Relative error against the same model in fp64 (Frobenius norm)", title_justify="left")
+    session.say("\nRelative error (Frobenius norm) against the same model in fp64:")
+    table = Table()
     table.add_column("output")
     for name in ("m3kernels", "unpatched"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(row.name, f"{row.ours:.2e}", f"{row.eager:.2e}")
-    session.say()
     session.console.print(table)
 
 

@@ -377,6 +377,8 @@ def run_rows_that_count(
 
 
 def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    if labels.device.type == "meta":
+        return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     message = f"linear_cross_entropy: a label is neither in [0, {vocab}) nor ignore_index {ignore_index}"
     if labels.is_cuda or torch.compiler.is_compiling():

@@ -300,7 +300,7 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing}")
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"{op}: chunk_bytes must be positive, got {chunk_bytes}")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     runs = use_triton(op, backend, hidden, weight)
@@ -332,16 +332,19 @@ def linear_cross_entropy(
     options = (ignore_index, label_smoothing, z_loss, return_token_accuracy)
     chunking = (accumulate, chunk_bytes or 0)
     one = torch.ones((), dtype=torch.float32, device=hidden.device)
-    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.is_cuda:
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
     count = (flat != ignore_index).sum().clamp(min=1)
     if reduction == "none":
         loss, hits = _linear_cross_entropy_per_row(rows, weight, flat, *options, *chunking)
         loss, hits = loss.view(labels.shape), hits.sum()
     else:
-        divisor = num_items_in_batch if num_items_in_batch is not None else count if reduction == "mean" else None
-        scale = one if divisor is None else one / divisor
+        divisor = num_items_in_batch if num_items_in_batch is not None else count if reduction == "mean" else 1
+        if isinstance(divisor, Tensor):
+            # one value on the host divides without a synchronisation
+            divisor = divisor.reshape(()) if divisor.device.type == "cpu" else divisor.reshape(()).to(hidden.device)
+        scale = one / divisor
         grads = torch.is_grad_enabled()
         needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
         loss, hits, _, _ = _linear_cross_entropy(rows, weight, flat, scale, *options, *needs, *chunking)
+        # a count of shape (1,) makes a loss of shape (1,), as in transformers
+        loss = loss.reshape(num_items_in_batch.shape) if isinstance(num_items_in_batch, Tensor) else loss
     return (loss, hits * (one / count)) if return_token_accuracy else loss

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from m3kernels.ops._common import HAS_TRITON, why_no_triton
-from m3kernels.patching.classes import fuse, is_fused, unfuse
-from m3kernels.patching.report import PatchReport, Skip
+from m3kernels.patching.classes import fuse, fused_class, is_fused
+from m3kernels.patching.report import PatchReport, Skip, restore
 
 OLDEST_TRANSFORMERS = (5, 17)
 
@@ -86,7 +86,7 @@ def _plan(base: nn.Module, ops: list[str], strict: bool) -> tuple[list, list[Ski
             done[rule.op] += 1
         elif exact is None:
             skipped.append(Skip(rule.op, name, f"{cls.__name__} is derived from {rule.name}: patch before wrapping"))
-        elif "forward" in vars(module) and rule.op != "linear_cross_entropy":
+        elif "forward" in vars(module):
             skipped.append(Skip(rule.op, name, "its forward was replaced on the instance"))
         elif wrong := rule.mismatch(module):
             if strict:
@@ -157,8 +157,12 @@ def patch(
     base = unwrap(model)
     architecture = _check_root(base)
     chosen = _chosen_ops(ops)
+    earlier = frozenset(id(module) for module in model.modules() if is_fused(module))
     todo, skipped, counts = _plan(base, chosen, strict)
-    for name, module, rule in _drop_lonely_tables(todo, skipped):
+    todo = _drop_lonely_tables(todo, skipped)
+    for _, module, rule in todo:
+        fused_class(type(module), rule.forward)  # cached; what it raises, it raises before anything is changed
+    for name, module, rule in todo:
         # fusing the head is part of what the loss rule does
         reason = rule.why_not(module) if rule.op == "linear_cross_entropy" else ""
         if reason:
@@ -174,17 +178,17 @@ def patch(
         skipped=skipped,
         backend=dict.fromkeys(chosen, _backend(base)),
         attention=f"the model's own ({kept})",
+        earlier=earlier,
     )
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`: every module gets its own class back. Returns the model; unpatched models pass through."""
-    fused = [module for module in model.modules() if is_fused(module)]
-    for module in fused:
-        if "_m3k_original" not in vars(type(module)):
-            unfuse(module)  # raises before anything is changed
-    for module in fused:
-        unfuse(module)
+    """Undo :func:`patch`: every module gets its own class back. Returns the model; unpatched models pass through.
+
+    Raises:
+        RuntimeError: when ``fully_shard`` has wrapped patched modules since; nothing is changed then.
+    """
+    restore(model)
     return model
 
 

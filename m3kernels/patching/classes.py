@@ -80,6 +80,10 @@ def fuse(module: nn.Module, name: str) -> None:
 
 
 def unfuse(module: nn.Module) -> None:
+    module.__class__ = type(module)._m3k_original
+
+
+def check_unfusable(module: nn.Module) -> None:
     """Raises RuntimeError when another library has derived a class from ours since (FSDP2's ``fully_shard`` does)."""
     cls = type(module)
     if "_m3k_original" not in vars(cls):
@@ -87,7 +91,6 @@ def unfuse(module: nn.Module) -> None:
             f"{cls.__name__} was wrapped after patching (by fully_shard, for example) and cannot be restored in place; "
             "unpatch before wrapping"
         )
-    module.__class__ = cls._m3k_original
 
 
 def original_forward(module: nn.Module) -> Callable:
@@ -103,6 +106,7 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
+        or nn.modules.module._has_any_global_hook()
     )
 
 

@@ -42,6 +42,11 @@ def _is_sharded_by_fsdp2(module: nn.Module) -> bool:
     return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
 
 
+def _has_hooks_beside_fsdp(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
+
+
 def _head_inside(head: nn.Module) -> nn.Module:
     """The head itself, or the active copy of it that PEFT trains under ``modules_to_save``."""
     copies, active = getattr(head, "modules_to_save", None), getattr(head, "active_adapters", None)
@@ -59,12 +64,11 @@ def why_not_fused(model: nn.Module) -> str:
         return f"lm_head is {type(model.lm_head).__module__}.{type(model.lm_head).__name__}"
     if head.bias is not None:
         return "lm_head has a bias"
-    if not _is_sharded_by_fsdp2(head):
-        if has_hooks(head):
-            return "lm_head has hooks or a replaced forward, which expect logits"
-        if not is_plain(head.weight):
-            return f"lm_head.weight is a {type(head.weight).__name__}"
-    return ""
+    if _is_sharded_by_fsdp2(head):
+        return "lm_head has hooks, which expect logits" if _has_hooks_beside_fsdp(head) else ""
+    if has_hooks(head):
+        return "lm_head has hooks or a replaced forward, which expect logits"
+    return "" if is_plain(head.weight) else f"lm_head.weight is a {type(head.weight).__name__}"
 
 
 def causal_lm_facts(original: type) -> dict:

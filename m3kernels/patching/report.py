@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from m3kernels.patching.classes import check_unfusable, is_fused, unfuse
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -13,6 +15,15 @@ class Skip:
     op: str
     module: str
     reason: str
+
+
+def restore(model: nn.Module, earlier: frozenset[int] = frozenset()) -> None:
+    """Give fused modules their own class back, but for those whose id is in ``earlier``."""
+    fused = [module for module in model.modules() if is_fused(module) and id(module) not in earlier]
+    for module in fused:
+        check_unfusable(module)
+    for module in fused:
+        unfuse(module)
 
 
 @dataclass
@@ -26,6 +37,7 @@ class PatchReport:
         skipped: modules that an op was asked for and that keep their own forward, with the reason.
         backend: op -> "triton", or "reference" with the reason.
         attention: what computes attention.
+        earlier: ids of modules that an earlier patch had fused; :meth:`restore` leaves those fused.
     """
 
     model: nn.Module = field(repr=False)
@@ -34,12 +46,11 @@ class PatchReport:
     skipped: list[Skip]
     backend: dict[str, str]
     attention: str
+    earlier: frozenset[int] = field(default=frozenset(), repr=False)
 
     def restore(self) -> None:
-        """Undo the patch: every module gets its own class back. Same as ``m3kernels.unpatch(model)``."""
-        from m3kernels.patching.api import unpatch
-
-        unpatch(self.model)
+        """Undo this patch: every module that it fused gets its own class back (``m3kernels.unpatch`` undoes all)."""
+        restore(self.model, self.earlier)
 
     def __enter__(self) -> "PatchReport":
         return self

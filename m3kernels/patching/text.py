@@ -23,11 +23,16 @@ def rms_norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+def _is_rms_norm(module: nn.Module) -> bool:
+    cls = getattr(type(module), "_m3k_original", type(module))
+    return cls.__name__ in ("Ministral3RMSNorm", "PixtralRMSNorm") and cls.__module__.startswith("transformers.models.")
+
+
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual), in one pass where the norm is fused and nobody hooks into it."""
-    if is_fused(norm) and not has_hooks(norm) and is_plain(norm.weight) and is_plain(x) and is_plain(residual):
+    """(norm(x + residual), x + residual), in one pass where the norm is transformers' own and nobody hooks into it."""
+    if _is_rms_norm(norm) and not has_hooks(norm) and is_plain(norm.weight) and is_plain(x) and is_plain(residual):
         return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
-    note_fallback("add_rms_norm", f"{type(norm).__name__} is replaced, hooked, sharded or not patched")
+    note_fallback("add_rms_norm", f"{type(norm).__name__} is replaced, hooked or sharded")
     summed = residual + x
     return norm(summed), summed
 
@@ -57,6 +62,13 @@ def duplicate_halves(table: Tensor) -> tuple[Tensor, Tensor]:
     """[cos | sin] as the pair (cos, sin) that transformers hands around, each as wide as a head."""
     cos, sin = table.chunk(2, dim=-1)
     return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+
+def table_for(attention: nn.Module, table: tuple[Tensor, Tensor] | None, dtype: torch.dtype):
+    """The fp32 table for a fused attention; one that was replaced since patching expects it in the activations' dtype."""
+    if table is None or (is_fused(attention) and "forward" not in vars(attention)):
+        return table
+    return tuple(half.to(dtype) for half in table)
 
 
 def llama4_parameters(config) -> tuple[float, int] | None:
@@ -127,7 +139,7 @@ def decoder_layer_forward(
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
-        position_embeddings=position_embeddings,
+        position_embeddings=table_for(self.self_attn, position_embeddings, hidden_states.dtype),
         **kwargs,
     )
     normed, residual = add_norm(self.post_attention_layernorm, attended, hidden_states)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from m3kernels.ops import rotary_2d, rotary_2d_table
 from m3kernels.patching.classes import fused_forward
-from m3kernels.patching.text import add_norm, attend, attention_facts, duplicate_halves
+from m3kernels.patching.text import add_norm, attend, attention_facts, duplicate_halves, table_for
 
 
 @fused_forward("rotary_2d_table")
@@ -44,7 +44,7 @@ def vision_layer_forward(
     attended, _ = self.attention(
         hidden_states=self.attention_norm(hidden_states),
         attention_mask=attention_mask,
-        position_embeddings=position_embeddings,
+        position_embeddings=table_for(self.attention, position_embeddings, hidden_states.dtype),
         **kwargs,
     )
     normed, residual = add_norm(self.ffn_norm, attended, hidden_states)
