@@ -45,6 +45,13 @@ from models import (
 NEW = Version(transformers.__version__) >= Version("5.23.0")
 
 
+def cpu_mesh():
+    """Without one, fully_shard takes the GPU where there is one; these models are on the CPU."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+
+
 def inputs(batch: dict) -> dict:
     return {k: v for k, v in batch.items() if k != "labels"}
 
@@ -1005,10 +1012,10 @@ def test_fsdp2(process_group, head_alone, kind):
     batch = batch_for(plain)
     for module in ours.modules():
         if type(module).__name__ in ("Ministral3DecoderLayer", "PixtralAttentionLayer"):
-            fully_shard(module)
+            fully_shard(module, mesh=cpu_mesh())
     if head_alone:
-        fully_shard(ours.lm_head)
-    fully_shard(ours)
+        fully_shard(ours.lm_head, mesh=cpu_mesh())
+    fully_shard(ours, mesh=cpu_mesh())
     ours.train()
     loss = ours(**batch)
     assert loss.logits is None
@@ -1029,8 +1036,8 @@ def test_fsdp2_head_with_a_hook(process_group):
     from torch.distributed.fsdp import fully_shard
 
     plain, ours = twins()
-    fully_shard(ours.lm_head)
-    fully_shard(ours)
+    fully_shard(ours.lm_head, mesh=cpu_mesh())
+    fully_shard(ours, mesh=cpu_mesh())
     shapes = []
     ours.lm_head.register_forward_hook(lambda m, a, out: shapes.append(tuple(out.shape)))
     ours.train()
@@ -1044,8 +1051,8 @@ def test_patch_after_fsdp2_is_reported(process_group):
     plain = build()
     ours = copy.deepcopy(plain)
     for layer in ours.model.layers:
-        fully_shard(layer)
-    fully_shard(ours)
+        fully_shard(layer, mesh=cpu_mesh())
+    fully_shard(ours, mesh=cpu_mesh())
     report = patch(ours)
     assert any("patch before" in skip.reason for skip in report.skipped)
     batch = text_batch(plain)
@@ -1065,8 +1072,8 @@ def _two_ranks(rank: int, folder: str) -> None:
     batch = text_batch(plain)
     mine = {k: v[rank : rank + 1] for k, v in batch.items()}
     for layer in ours.model.layers:
-        fully_shard(layer)
-    fully_shard(ours)
+        fully_shard(layer, mesh=cpu_mesh())
+    fully_shard(ours, mesh=cpu_mesh())
     ours.train()
     ours(**mine).loss.backward()
     for row in range(2):
@@ -1090,6 +1097,7 @@ def _two_ranks(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers' tensor parallelism takes the GPU where there is one")
 def test_two_ranks(tmp_path):
     build(vocab_size=152).save_pretrained(tmp_path / "model")
     torch.multiprocessing.spawn(_two_ranks, (str(tmp_path),), nprocs=2)
