@@ -26,7 +26,8 @@ VOCAB, IMAGE_TOKEN = 151, 10
 MERGED = 8  # pixels that become one token: patches of 4, merged 2 x 2
 # fp32 rounding through two layers is about 1e-6 of a tensor's norm; the wrong variants in test_patch_model.py are all
 # more than ten times above this bound
-FP32 = 1e-5
+# (on a GPU up to 3e-5 was measured, for DoRA through the vision tower: other orders of sums, approximate exp and division)
+FP32 = 4e-5 if torch.cuda.is_available() else 1e-5
 # in fp64 nothing but the order of sums may differ
 FP64 = 1e-12
 
