@@ -90,7 +90,10 @@ def cross_entropy_kernel(
                 b_total += tl.where(o_col < vocab, x, 0.0)
             b_max = b_new
         top = tl.max(b_max, axis=0)
-        lse = top + tl.log(tl.sum(b_sum * tl.exp2((b_max - top) * LOG2E), axis=0))
+        # top and the sum stay apart: an lse of both would be rounded at top's magnitude, an error of all its row
+        total = tl.sum(b_sum * tl.exp2((b_max - top) * LOG2E), axis=0)
+        log_total = tl.log(total)
+        lse = top + log_total
         if WANTS_CORRECT:
             first = tl.min(tl.where(b_max == top, b_argmax, 2147483647), axis=0)
             correct = tl.where(first.to(tl.int64) == label, 1.0, 0.0)
@@ -98,26 +101,26 @@ def cross_entropy_kernel(
         smooth = tl.cast(smoothing, tl.float32) if HAS_SMOOTHING else 0.0
         inside = (label >= 0) & (label < vocab)
         x_label = tl.load(p_row + label, mask=inside, other=0.0).to(tl.float32)
-        loss = lse - (1.0 - smooth) * x_label
+        loss = (top - x_label) + log_total + smooth * x_label
         if HAS_SMOOTHING:
             loss -= smooth * tl.sum(b_total, axis=0) / vocab
-        factor = 1.0
+        factor = 1.0 / total
         if HAS_Z_LOSS:
             loss += tl.cast(z_loss, tl.float32) * lse * lse
-            factor = 1.0 + 2.0 * tl.cast(z_loss, tl.float32) * lse
+            factor = (1.0 + 2.0 * tl.cast(z_loss, tl.float32) * lse) / total
 
         if WRITES_GRADIENT:
             scale = tl.load(p_scale + row * scale_stride)
             if DEFERS_LABEL:
                 # near p = 1 the two terms cancel and must not be rounded apart
-                softmax_label = factor * tl.exp2((x_label - lse) * LOG2E)
+                softmax_label = factor * tl.exp2((x_label - top) * LOG2E)
                 deferred = tl.where(softmax_label < 0.5 * (1.0 - smooth), (1.0 - smooth) * scale, 0.0)
                 rest = (softmax_label - smooth / vocab) * scale
             for start in range(0, vocab, BLOCK):
                 o_col = start + o_lane
                 x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
                 # the true class is subtracted in fp32, before the one rounding
-                d = factor * tl.exp2((x - lse) * LOG2E) - tl.where(o_col == label, 1.0 - smooth, 0.0)
+                d = factor * tl.exp2((x - top) * LOG2E) - tl.where(o_col == label, 1.0 - smooth, 0.0)
                 if HAS_SMOOTHING:
                     d -= smooth / vocab
                 tl.store(p_row + o_col, (d * scale).to(p_logits.dtype.element_ty), mask=o_col < vocab)
