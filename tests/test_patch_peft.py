@@ -228,6 +228,12 @@ def test_prompt_learning(config, order, device):
 def test_native_adapters(text_pair):
     """transformers' own ``model.add_adapter``: no wrapper, and its save writes the adapter."""
     plain, ours = text_pair
+    try:
+        copy.deepcopy(plain).add_adapter(lora())
+    except ValueError as refusal:  # transformers 5.24 asks for a PEFT newer than any that is out
+        if "PEFT" not in str(refusal):
+            raise
+        pytest.skip(f"transformers refuses the installed peft: {refusal}")
     for model in (plain, ours):
         torch.manual_seed(5)
         model.add_adapter(lora())

@@ -29,7 +29,7 @@ class Rule:
 
     Attributes:
         attributes: the module must have them.
-        parameters: its forward must have them.
+        parameters: its forward must have them; ``new|old`` where releases differ in the name.
         why_not: reason why one module's configuration does not fit, or an empty string.
     """
 
@@ -47,7 +47,7 @@ class Rule:
         if lacking:
             return f"{self.name} has no {', '.join(lacking)}"
         parameters = inspect.signature(type(module).forward).parameters
-        lacking = [p for p in self.parameters if p not in parameters]
+        lacking = [p.replace("|", " or ") for p in self.parameters if not set(p.split("|")) & set(parameters)]
         return f"{self.name}.forward takes no {', '.join(lacking)}" if lacking else ""
 
 
@@ -64,6 +64,7 @@ MLP = {
 ROTARY = {"attributes": ("inv_freq", "attention_scaling"), "parameters": ("x", "position_ids")}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "config")
 LAYER = ("hidden_states", "attention_mask", "position_embeddings")
+CACHE = "cache|past_key_values"
 
 RULES = (
     Rule("rms_norm", TEXT, "Ministral3RMSNorm", "rms_norm", **NORM),
@@ -75,7 +76,7 @@ RULES = (
         "Ministral3DecoderLayer",
         "add_rms_norm",
         ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
-        (*LAYER, "position_ids", "past_key_values", "use_cache"),
+        (*LAYER, "position_ids", CACHE, "use_cache"),
     ),
     Rule(
         "add_rms_norm",
@@ -91,7 +92,7 @@ RULES = (
         "Ministral3Attention",
         "rotary",
         (*PROJECTIONS, "layer_idx", "attention_dropout"),
-        (*LAYER, "position_ids", "past_key_values"),
+        (*LAYER, "position_ids", CACHE),
     ),
     Rule("rotary", TEXT, "Ministral3RotaryEmbedding", "rotary_table", **ROTARY),
     Rule("rotary_2d", VISION, "PixtralAttention", "rotary_2d", (*PROJECTIONS, "dropout"), LAYER),

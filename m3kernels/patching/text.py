@@ -88,22 +88,39 @@ def attention_facts(original: type) -> dict:
     return {"_m3k_passes_positions": passes, "_m3k_eager_attention": staticmethod(eager)}
 
 
+def cache_name(original: type) -> str:
+    """The argument that carries the cache: ``past_key_values`` up to transformers 5.23, ``cache`` since 5.24."""
+    return "cache" if "cache" in inspect.signature(original.forward).parameters else "past_key_values"
+
+
+def text_attention_facts(original: type) -> dict:
+    """Since 5.24 a cache's update is also given what the attention function is given."""
+    return attention_facts(original) | {"_m3k_update_takes_kwargs": cache_name(original) == "cache"}
+
+
+def one_cache(cache, kwargs: dict):
+    """The cache by whichever name it came; the older one leaves ``kwargs``. transformers prefers the newer, so do we."""
+    older = kwargs.pop("past_key_values", None)
+    return older if cache is None else cache
+
+
 def attend(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
     """The model's own attention implementation, whichever is set."""
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._m3k_eager_attention)
     return interface(self, q, k, v, mask, scaling=self.scaling, **kwargs)
 
 
-@fused_forward("rotary", attention_facts)
+@fused_forward("rotary", text_attention_facts)
 def attention_forward(
     self: nn.Module,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     position_ids: Tensor,
-    past_key_values=None,
+    cache=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
+    cache = one_cache(cache, kwargs)
     input_shape = hidden_states.shape[:-1]
     heads = (*input_shape, -1, self.head_dim)
     q = self.q_proj(hidden_states).view(heads).transpose(1, 2)
@@ -111,8 +128,9 @@ def attention_forward(
     v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
 
     q, k = rotary(q, k, position_embeddings, position_ids.to(q.device), llama4_parameters(self.config))
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    if cache is not None:
+        more = {"kwargs": kwargs} if self._m3k_update_takes_kwargs else {}
+        k, v = cache.update(k, v, self.layer_idx, **more)
 
     if self._m3k_passes_positions:
         kwargs["position_ids"] = position_ids
@@ -122,22 +140,22 @@ def attention_forward(
     return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
-@fused_forward("add_rms_norm")
+@fused_forward("add_rms_norm", lambda original: {"_m3k_cache_name": cache_name(original)})
 def decoder_layer_forward(
     self: nn.Module,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values=None,
+    cache=None,
     use_cache: bool | None = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs,
 ) -> Tensor:
+    kwargs[self._m3k_cache_name] = one_cache(cache, kwargs)
     attended, _ = self.self_attn(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=table_for(self.self_attn, position_embeddings, hidden_states.dtype),
         **kwargs,
