@@ -1,4 +1,4 @@
-"""The benchmark's gate, its byte counts, its result files and the README table that is made of them (no GPU needed)."""
+"""The op benchmark's gate, its byte counts and its rows (no GPU needed)."""
 
 import json
 import math
@@ -6,12 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from m3kernels.bench import gate, measure, ops, peers, report, targets
+from m3kernels.bench import gate, measure, ops, peers, report_tables, targets
 from m3kernels.bench.cases import BOTH, CASES, OPS, Case
 from m3kernels.ops._triton import INTERPRET
 
@@ -39,15 +38,6 @@ BREAKS = {
     "NaN in one place": lambda t: t[(-1,) * t.dim()].fill_(math.nan),
     "zeros": lambda t: t.zero_(),
 }
-
-
-def test_readme_table_is_what_the_newest_result_file_gives():
-    root = Path(__file__).resolve().parents[1]
-    path = report.newest(root / "bench" / "results")
-    if path is None:
-        pytest.skip("no result file under bench/results yet: python -m m3kernels.bench.ops on a GPU writes one")
-    readme = root / "README.md"
-    assert report.section(readme.read_text()) == report.render(path), "run python -m m3kernels.bench.report"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -203,7 +193,7 @@ def test_an_output_in_another_dtype_is_wrong():
 
 def test_costs_are_the_bytes_and_flops_of_the_targets_limits():
     """``targets.md`` gives the limits' basis; these are its own round numbers in milliseconds on the H100."""
-    by_key = {(t.op, t.label, t.direction): t.limit_ms() for t in targets.TARGETS}
+    by_key = {t.cell[1:]: t.limit_ms() for t in targets.TARGETS}
     expected = {
         ("rms_norm", "8192x4096", "forward"): 0.0444,
         ("add_rms_norm", "8192x4096", "forward"): 0.0889,
@@ -214,11 +204,11 @@ def test_costs_are_the_bytes_and_flops_of_the_targets_limits():
     }
     for key, ms in expected.items():
         assert by_key[key] == pytest.approx(ms, rel=0.005), key
-    assert all(t.limit_ms() <= 1.01 * t.goal_ms or t.op == "linear_cross_entropy" for t in targets.TARGETS)
+    assert all(t.limit_ms() <= 1.01 * t.goal_ms or t.cell[1] == "linear_cross_entropy" for t in targets.TARGETS)
 
 
 def test_every_case_has_its_op_and_every_op_its_peers():
-    assert {c.op for c in CASES} == set(OPS) == set(peers.PEERS) == set(report.NAMES)
+    assert {c.op for c in CASES} == set(OPS) == set(peers.PEERS) == set(report_tables.NAMES)
     assert len({(c.op, c.label) for c in CASES}) == len(CASES)
     for table in peers.PEERS.values():
         assert {"eager", peers.OURS} <= set(table) <= set(peers.ORDER)
@@ -227,108 +217,6 @@ def test_every_case_has_its_op_and_every_op_its_peers():
 def test_a_peer_package_that_cannot_be_imported_says_why(monkeypatch):
     monkeypatch.setitem(peers.PACKAGES, "quack", ("quack-kernels", "no_such_module_here"))
     assert "no_such_module_here" in peers.peer_versions()["quack"]
-
-
-def _row(peer: str, ms: float | None, *, op="rms_norm", label="8192x4096", direction="forward", **other) -> dict:
-    row = {"kind": "row", "op": op, "label": label, "direction": direction, "peer": peer, "status": "ok", "reason": ""}
-    row |= {"graph_ms": ms, "python_ms": None if ms is None else 2 * ms, "peak_bytes": None, "limit_ms": 0.03}
-    return row | {"percent_of_limit": None if ms is None else 3 / ms} | other
-
-
-def _file(folder: Path, rows: list[dict], name="nvidia-h200/2026-08-01-abc.jsonl", **other) -> Path:
-    head = {
-        "kind": "header",
-        "date": "2026-08-01T10:00:00+00:00",
-        "gpu": "NVIDIA H200",
-        "driver": "580",
-        "commit": "abc",
-    }
-    head |= {"versions": {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}, "quick": False}
-    head |= {"peers": {"liger": "0.8.5", "quack": "missing: quack-kernels is not installed"}}
-    head |= {"ceilings": {"copy_bytes_s": 4.3e12, "gemm_flops_s": {"8192x4096x131072": 7e14}}} | other
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(json.dumps(line) for line in [head, *rows]) + "\n")
-    return path
-
-
-def test_report_shows_missing_and_wrong_peers(tmp_path):
-    rows = [
-        _row("eager", 0.4),
-        _row("torch.compile", None, status="failed", reason="RuntimeError: no"),
-        _row("liger", None, status="WRONG", reason="y: error 0.5"),
-        _row("torch", 0.05),
-        _row("quack", None, status="missing", reason="ImportError"),
-        _row("m3kernels", 0.04),
-    ]
-    text = report.render(_file(tmp_path, rows))
-    line = next(x for x in text.splitlines() if x.startswith("| RMSNorm"))
-    cells = [c.strip() for c in line.strip("|").split("|")]
-    assert cells[:4] == ["RMSNorm 8192x4096, forward", "0.400", "failed", "WRONG"]
-    assert cells[4:7] == ["0.050 (F.rms_norm)", "**0.040**", "75 %"]
-    assert "not importable: QuACK." in text and "NVIDIA H200" in text and "abc" in text
-
-
-def test_report_marks_python_times_coarse_peers_and_memory(tmp_path):
-    key = {"op": "linear_cross_entropy", "label": "8192x131072 h4096 trained", "direction": BOTH}
-    rows = [
-        _row("eager", None, **key) | {"python_ms": 50.0, "peak_bytes": 12 << 30},
-        _row("cce", None, **key, error_over_eager=7.4) | {"python_ms": 160.0, "status": "imprecise"},
-        _row("m3kernels", None, **key) | {"python_ms": 39.0, "peak_bytes": 1 << 30, "percent_of_limit": 95.0},
-    ]
-    line = next(x for x in report.render(_file(tmp_path, rows)).splitlines() if x.startswith("| linear"))
-    assert "50.0†" in line and "160† ≈7× (CCE)" in line and "**39.0†**" in line and "1.00 GiB (eager 12.0)" in line
-
-
-def test_reading_survives_a_timeout_and_refuses_other_files(tmp_path):
-    path = _file(tmp_path, [_row("eager", 0.4), _row("m3kernels", 0.1)])
-    path.write_text(path.read_text()[:-20])
-    assert [r["peer"] for r in report.read(path)[1]] == ["eager"]
-    path.write_text('{"kind": "row"}\n')
-    with pytest.raises(ValueError, match="not a header"):
-        report.read(path)
-
-
-def test_newest_goes_by_the_date_in_the_header(tmp_path):
-    assert report.newest(tmp_path) is None
-    _file(tmp_path, [], "z/2026-08-01-a.jsonl")
-    later = _file(tmp_path, [], "a/2026-08-01-b.jsonl", date="2026-08-01T12:00:00+00:00")
-    assert report.newest(tmp_path) == later
-
-
-def test_check_notices_a_stale_readme_and_the_picture_is_deterministic(tmp_path, monkeypatch, capsys):
-    path = _file(tmp_path / "results", [_row("eager", 0.4), _row("m3kernels", 0.04)])
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
-    assert report.main(["--check", "--file", str(path)]) == 1
-    assert report.main(["--file", str(path)]) == 0
-    assert report.main(["--check", "--file", str(path)]) == 0
-    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
-    pytest.importorskip("matplotlib")
-    first = (tmp_path / "docs" / "bench-ops.svg").read_bytes()
-    report.draw(path, tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_bytes() == first
-    readme.write_text("no markers")
-    assert report.main(["--check", "--file", str(path)]) == 2
-    assert report.BEGIN in capsys.readouterr().err
-
-
-def test_targets_are_judged_in_both_terms():
-    """At 0.9 x the must's fraction of the limit it misses; at the must's ratio to the best named peer it holds."""
-    target = targets.TARGETS[0]
-    limit, best = 0.031, 0.045
-    fine, slow = limit / target.must_fraction(), 0.99 * best * target.must_ms / target.peers_ms["torch"]
-    rows = [_row("torch", best), _row("eager", 0.4), _row("m3kernels", slow)]
-    for row in rows:
-        row["limit_ms"] = limit
-    verdict = targets.judge(target, rows)
-    assert verdict.best_peer == "torch" and verdict.ratio_holds
-    assert verdict.fraction_holds == (slow <= fine)
-    assert targets.judge(target, [_row("eager", 1.0)]) is None
-    wrong = targets.judge(target, [_row("m3kernels", None, status="WRONG")])
-    assert wrong.fraction_holds is None and wrong.status == "WRONG"
-    assert "WRONG" in targets.table([_row("m3kernels", None, status="WRONG")])
 
 
 def test_stats_and_budgets():

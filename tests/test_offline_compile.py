@@ -71,7 +71,7 @@ def test_rms_norm_forward(width, residual, dtype):
     config, p = rms.forward_config(width), f"*{dtype}"
     types = dict.fromkeys(("p_x", "p_residual", "p_weight", "p_y", "p_summed"), p)
     types |= {"p_rstd": "*fp32", "x_stride": "i32", "residual_stride": "i32", "n_rows": "i32", "eps": "fp32"}
-    constexprs = {"WIDTH": width, "BLOCK": rms.triton.next_power_of_2(width), "ROWS": config.rows}
+    constexprs = {"WIDTH": width, "BLOCK": rms.next_power_of_2(width), "ROWS": config.rows}
     constexprs["HAS_RESIDUAL"] = residual
     check(rms.rms_norm_fwd_kernel, compile_sm90(rms.rms_norm_fwd_kernel, config.warps, constexprs, types), width)
 
@@ -83,7 +83,7 @@ def test_rms_norm_backward(width, dsummed, dtype):
     config = rms.backward_config(width, (2 + dsummed) * (4 if dtype == "fp32" else 2))
     types = dict.fromkeys(("p_dy", "p_dsummed", "p_x", "p_weight", "p_dx"), f"*{dtype}")
     types |= {"p_rstd": "*fp32", "p_dweight": "*fp32", "x_stride": "i32", "n_rows": "i32"}
-    constexprs = {"WIDTH": width, "BLOCK": rms.triton.next_power_of_2(width), "ROWS": config.rows}
+    constexprs = {"WIDTH": width, "BLOCK": rms.next_power_of_2(width), "ROWS": config.rows}
     constexprs |= {"STAGES": config.stages, "HAS_DSUMMED": dsummed, "NEEDS_DWEIGHT": True}
     check(rms.rms_norm_bwd_kernel, compile_sm90(rms.rms_norm_bwd_kernel, config.warps, constexprs, types), width)
 
@@ -121,9 +121,9 @@ def test_rotary(q_heads, k_heads, dim, by_position, scaled, backward, dtype):
         "Q_HEADS": q_heads,
         "K_HEADS": k_heads,
         "HALF": dim // 2,
-        "BLOCK_HALF": rms.triton.next_power_of_2(dim // 2),
-        "BLOCK_Q_HEADS": min(config.heads, rms.triton.next_power_of_2(q_heads)),
-        "BLOCK_K_HEADS": min(config.heads, rms.triton.next_power_of_2(k_heads)),
+        "BLOCK_HALF": rms.next_power_of_2(dim // 2),
+        "BLOCK_Q_HEADS": min(config.heads, rms.next_power_of_2(q_heads)),
+        "BLOCK_K_HEADS": min(config.heads, rms.next_power_of_2(k_heads)),
         "TABLE_BY_POSITION": by_position,
         "HAS_SCALE": scaled,
         "BACKWARD": backward,

@@ -46,6 +46,23 @@ def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
     return not why_not
 
 
+def cdiv(a: int, b: int) -> int:
+    """``triton.cdiv`` in plain Python: Triton's own costs microseconds a call on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, for ``n`` >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., width) as (rows, width) with unit stride in the last dimension; copies only what cannot be addressed."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def why_no_triton(device_type: str) -> str:
     if not HAS_TRITON:
         return "triton is not installed (pip install 'triton>=3.6')"
@@ -129,10 +146,10 @@ def fused_op(
 
         @staticmethod
         def backward(ctx, *grads):
+            if not torch.is_grad_enabled():
+                return gradients(ctx, backward, *grads)
             with torch.no_grad():
                 grads = gradients(ctx, backward, *grads)
-            if not torch.is_grad_enabled():
-                return grads
             at = [i for i, g in enumerate(grads) if g is not None]
             refusing = _RefuseDoubleBackward.apply(name, *(grads[i].detach().requires_grad_() for i in at))
             refusing = refusing if isinstance(refusing, tuple) else (refusing,)
@@ -144,6 +161,8 @@ def fused_op(
     Eager.__name__ = Eager.__qualname__ = name
 
     def call(*inputs):
-        return registered(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        if torch.compiler.is_compiling():
+            return registered(*inputs)
+        return Eager.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
 
     return call

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import launch, sm_count
+from m3kernels.ops._common import cdiv, launch, next_power_of_2, sm_count
 from m3kernels.ops._triton import tl, triton
 
 LOGITS_BYTES = 256 * 2**20
@@ -33,7 +33,7 @@ def row_config(vocab: int, keeps_more: bool = False) -> RowConfig:
 
     With smoothing or accuracy each lane keeps more than a maximum and a sum: half the columns, or registers spill.
     """
-    block = min(8192 if keeps_more else 16_384, triton.next_power_of_2(vocab))
+    block = min(8192 if keeps_more else 16_384, next_power_of_2(vocab))
     return RowConfig(block, warps=min(32, max(4, block // 512)))
 
 
@@ -194,7 +194,7 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> 
     in_place = in_place and grad.dtype == dtype
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.numel():
-        programs = min(triton.cdiv(grad.numel(), 4096), 8 * sm_count(grad.device))
+        programs = min(cdiv(grad.numel(), 4096), 8 * sm_count(grad.device))
         args = (grad, out, factor, grad.numel())
         launch("linear_cross_entropy backward", scale_kernel, (programs,), *args, BLOCK=4096, IN_PLACE=in_place)
     return out
@@ -264,11 +264,11 @@ def _accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> 
 def _add_label_terms(dweight: Tensor, hidden: Tensor, labels: Tensor, deferred: Tensor) -> None:
     ordered, order = labels.sort(stable=True)
     end = torch.searchsorted(ordered, ordered, right=True)
-    (rows, width), block = hidden.shape, min(512, triton.next_power_of_2(hidden.shape[1]))
+    (rows, width), block = hidden.shape, min(512, next_power_of_2(hidden.shape[1]))
     launch(
         "linear_cross_entropy label terms",
         add_label_terms_kernel,
-        (rows, triton.cdiv(width, block)),
+        (rows, cdiv(width, block)),
         dweight,
         hidden,
         deferred,
@@ -347,7 +347,7 @@ def run_chunks(
                 torch.mm(logits, weight, out=dhidden[here])
             if defers:
                 tensors = (logits, labels[here], deferred[here], rest[here])
-                grid = (triton.cdiv(len(logits), 128),)
+                grid = (cdiv(len(logits), 128),)
                 op = "linear_cross_entropy label terms"
                 launch(op, take_label_out_kernel, grid, *tensors, logits.stride(0), len(logits), BLOCK=128)
             if options.needs_dweight:

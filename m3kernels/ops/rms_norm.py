@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import fused_op, launch, sm_count, use_triton
+from m3kernels.ops._common import cdiv, fused_op, launch, next_power_of_2, rows_of, sm_count, use_triton
 from m3kernels.ops._triton import tl, triton
 
 MAX_WIDTH = 65_536
@@ -41,7 +41,7 @@ STAGE_BYTES = 200 * 1024
 @cache
 def forward_config(width: int) -> RowConfig:
     """Tiles of 4,096 elements with 2 warps were within 1 % of the best of 20 choices at widths 1,024 to 5,120 (H200)."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return RowConfig(rows=max(1, 4096 // block), warps=min(32, max(2, block // 2048)))
 
 
@@ -51,7 +51,7 @@ def backward_config(width: int, bytes_per_element: int) -> RowConfig:
 
     Two stages measured slower than one; where three do not fit, there is one. ``bytes_per_element`` counts all loads.
     """
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = max(1, 4096 // block)
     stages = 3 if 3 * rows * block * bytes_per_element <= STAGE_BYTES else 1
     warps = 4 if block <= 8192 else min(32, block // 1024)
@@ -154,49 +154,62 @@ def column_sum_kernel(p_partial, p_out, n_partial, WIDTH: tl.constexpr, BLOCK_RO
     tl.store(p_out + o_col, tl.sum(total, axis=0, keep_dims=True).to(p_out.dtype.element_ty), mask=m_col)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., width) as (rows, width) with unit stride in the last dimension; copies only what cannot be addressed."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns (y, rstd)."""
+    y, rstd = _forward_fake(x, weight, eps)
+    if y.numel():
+        x2 = rows_of(x)
+        _launch_forward("rms_norm", x2, x2, weight, y, y, rstd, eps, has_residual=False)
+    return y, rstd
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (y, summed, rstd); ``summed`` is empty without a residual."""
-    y, summed, rstd = _forward_fake(x, residual, weight, eps)
-    rows, width = rstd.numel(), x.shape[-1]
-    if rows == 0 or width == 0:
-        return y, summed, rstd
-    x2 = _rows(x)
-    residual2 = x2 if residual is None else _rows(residual)
+def _forward_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _empty_normed(x, x.dtype, weight), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _empty_normed(x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype if dtype == weight.dtype else torch.promote_types(dtype, weight.dtype))
+
+
+def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (y, summed, rstd)."""
+    y, summed, rstd = _add_forward_fake(x, residual, weight, eps)
+    if y.numel():
+        x2, residual2 = rows_of(x), rows_of(residual)
+        _launch_forward("add_rms_norm", x2, residual2, weight, y, summed, rstd, eps, has_residual=True)
+    return y, summed, rstd
+
+
+def _add_forward_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return _empty_normed(x, summed.dtype, weight), summed, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _launch_forward(
+    op: str, x: Tensor, residual: Tensor, weight: Tensor, y: Tensor, summed: Tensor, rstd: Tensor, eps, has_residual
+) -> None:
+    rows, width = x.shape
     config = forward_config(width)
     launch(
-        "rms_norm" if residual is None else "add_rms_norm",
+        op,
         rms_norm_fwd_kernel,
-        (triton.cdiv(rows, config.rows),),
-        x2,
-        residual2,
+        (cdiv(rows, config.rows),),
+        x,
+        residual,
         weight.contiguous(),
         y,
         summed,
         rstd,
-        x2.stride(0),
-        residual2.stride(0),
+        x.stride(0),
+        residual.stride(0),
         rows,
         eps,
         WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         ROWS=config.rows,
-        HAS_RESIDUAL=residual is not None,
+        HAS_RESIDUAL=has_residual,
         num_warps=config.warps,
     )
-    return y, summed, rstd
-
-
-def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(x.shape, dtype=torch.promote_types(dtype, weight.dtype), device=x.device)
-    summed = torch.empty(x.shape if residual is not None else (0,), dtype=dtype, device=x.device)
-    return y, summed, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
 
 
 def _backward(
@@ -207,12 +220,12 @@ def _backward(
     rows, width = rstd.numel(), x.shape[-1]
     if rows == 0 or width == 0:
         return dx, dweight.zero_()
-    x2, weight = _rows(x), weight.contiguous()
+    x2, weight = rows_of(x), weight.contiguous()
     loads = dy.element_size() + x.element_size() + (0 if dsummed is None else dsummed.element_size())
     config = backward_config(width, loads)
-    programs = min(triton.cdiv(rows, config.rows), sm_count(x.device) * config.programs_per_sm)
-    partial = torch.empty((programs if needs_dweight else 0, width), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width)
+    programs = min(cdiv(rows, config.rows), sm_count(x.device) * config.programs_per_sm)
+    partial = x.new_empty((programs if needs_dweight else 0, width), dtype=torch.float32)
+    block = next_power_of_2(width)
     launch(
         "rms_norm backward",
         rms_norm_bwd_kernel,
@@ -239,7 +252,7 @@ def _backward(
         launch(
             "rms_norm weight gradient",
             column_sum_kernel,
-            (triton.cdiv(width, block),),
+            (cdiv(width, block),),
             partial,
             dweight,
             programs,
@@ -254,33 +267,45 @@ def _backward(
 def _backward_fake(
     dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(
-        weight.shape if needs_dweight else (0,)
-    )
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if needs_dweight else (0,))
 
 
 def _setup_context(ctx, inputs, output):
+    x, weight, _ = inputs
+    _, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _gradients(ctx, run_backward, dy, _drstd):
+    if dy is None:
+        return None, None, None
+    needs_dweight = ctx.needs_input_grad[1]
+    dx, dweight = run_backward(dy, None, *ctx.saved_tensors, needs_dweight)
+    return dx, dweight if needs_dweight else None, None
+
+
+def _add_setup_context(ctx, inputs, output):
     x, residual, weight, _ = inputs
     _, summed, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd)
-    ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
-    ctx.save_for_backward(x if residual is None else summed, weight, rstd)
+    ctx.dtypes = (x.dtype, residual.dtype)
+    ctx.save_for_backward(summed, weight, rstd)
 
 
-def _gradients(ctx, run_backward, dy, dsummed, _drstd):
-    x, weight, rstd = ctx.saved_tensors
-    x_dtype, residual_dtype = ctx.dtypes
+def _add_gradients(ctx, run_backward, dy, dsummed, _drstd):
+    needs_dweight = ctx.needs_input_grad[2]
     if dy is None:
         # only the sum was used downstream: nothing flows through the norm
         dx, dweight = dsummed, None
     else:
-        dsummed = None if residual_dtype is None else dsummed
-        dx, dweight = run_backward(dy, dsummed, x, weight, rstd, ctx.needs_input_grad[2])
+        dx, dweight = run_backward(dy, dsummed, *ctx.saved_tensors, needs_dweight)
     if dx is None:
         return None, None, None, None
-    dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-    return dx.to(x_dtype), dresidual, dweight if ctx.needs_input_grad[2] else None, None
+    x_dtype, residual_dtype = ctx.dtypes
+    return dx.to(x_dtype), dx.to(residual_dtype), dweight if needs_dweight else None, None
 
 
 _rms_norm = fused_op(
@@ -291,6 +316,16 @@ _rms_norm = fused_op(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     gradients=_gradients,
+)
+
+_add_rms_norm = fused_op(
+    "add_rms_norm",
+    forward=_add_forward,
+    forward_fake=_add_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    setup_context=_add_setup_context,
+    gradients=_add_gradients,
 )
 
 
@@ -337,7 +372,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
     _check("rms_norm", x, weight, widest=MAX_WIDTH if triton_runs else None)
     if not triton_runs:
         return rms_norm_reference(x, weight, eps)
-    return _rms_norm(x, None, weight, eps)[0]
+    return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(
@@ -363,5 +398,5 @@ def add_rms_norm(
     _check("add_rms_norm", x, weight, widest=MAX_WIDTH if triton_runs else None)
     if not triton_runs:
         return add_rms_norm_reference(x, residual, weight, eps)
-    normed, summed, _ = _rms_norm(x, residual, weight, eps)
+    normed, summed, _ = _add_rms_norm(x, residual, weight, eps)
     return normed, summed

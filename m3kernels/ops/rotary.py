@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import fused_op, launch, use_triton
+from m3kernels.ops._common import fused_op, launch, next_power_of_2, use_triton
 from m3kernels.ops._triton import tl, triton
 
 MAX_HEAD_DIM = 512
@@ -173,9 +173,9 @@ def _rotate(
         Q_HEADS=q_heads,
         K_HEADS=k_heads,
         HALF=dim // 2,
-        BLOCK_HALF=triton.next_power_of_2(dim // 2),
-        BLOCK_Q_HEADS=min(CONFIG.heads, triton.next_power_of_2(q_heads)),
-        BLOCK_K_HEADS=min(CONFIG.heads, triton.next_power_of_2(k_heads)),
+        BLOCK_HALF=next_power_of_2(dim // 2),
+        BLOCK_Q_HEADS=min(CONFIG.heads, next_power_of_2(q_heads)),
+        BLOCK_K_HEADS=min(CONFIG.heads, next_power_of_2(k_heads)),
         TABLE_BY_POSITION=cos.dim() == 2 and positions is not None,
         HAS_SCALE=original_max > 0,
         BACKWARD=backward,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3kernels.ops._common import fused_op, launch, use_triton
+from m3kernels.ops._common import cdiv, fused_op, launch, rows_of, use_triton
 from m3kernels.ops._triton import tl, triton
 
 
@@ -63,16 +63,11 @@ def swiglu_bwd_kernel(
     tl.store(p_dup + row * dup_stride + o_col, dup.to(p_dup.dtype.element_ty), mask=mask)
 
 
-def _rows(x: Tensor) -> Tensor:
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """(rows, width) views of gate and up, whether they come apart or as one fused (..., 2 * width) tensor."""
     if up is not None:
-        return _rows(gate), _rows(up)
-    fused = _rows(gate)
+        return rows_of(gate), rows_of(up)
+    fused = rows_of(gate)
     return fused.chunk(2, dim=-1)
 
 
@@ -82,7 +77,7 @@ def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
         return y
     g, u = _halves(gate, up)
     rows, width = g.shape
-    grid = (rows * triton.cdiv(width, CONFIG.block),)
+    grid = (rows * cdiv(width, CONFIG.block),)
     strides = (g.stride(0), u.stride(0))
     launch("swiglu", swiglu_fwd_kernel, grid, g, u, y, *strides, width, BLOCK=CONFIG.block, num_warps=CONFIG.warps)
     return y
@@ -101,7 +96,7 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tens
     g, u = _halves(gate, up)
     dg, du = _halves(dgate, dup if up is not None else None)
     rows, width = g.shape
-    grid = (rows * triton.cdiv(width, CONFIG.block),)
+    grid = (rows * cdiv(width, CONFIG.block),)
     strides = (g.stride(0), u.stride(0), dg.stride(0), du.stride(0))
     tensors = (dy.contiguous(), g, u, dg, du)
     meta = {"BLOCK": CONFIG.block, "num_warps": CONFIG.warps}
