@@ -115,6 +115,11 @@ def twins(kind: str = "text", *, patching: dict | None = None, **options) -> tup
     return plain, ours
 
 
+def inputs(batch: dict) -> dict:
+    """A batch without its labels."""
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
 def text_batch(model: nn.Module, *, batch: int = 2, seq: int = 21, padding: str = "", seed: int = 1) -> dict:
     """Tokens and labels; ``padding`` "left" or "right" pads every row but the first, by another length each."""
     generator = torch.Generator().manual_seed(seed)

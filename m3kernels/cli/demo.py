@@ -10,7 +10,7 @@ from pathlib import Path
 
 HELP = "train a small Ministral 3 on pages of handwritten digits; needs pip install 'm3kernels[demo]'"
 DTYPES = ("float32", "bfloat16")
-PACKAGES = ("mistral_common", "cv2", "sklearn", "PIL", "matplotlib", "rich")
+PACKAGES = ("mistral_common.protocol.instruct.chunk", "cv2", "sklearn", "PIL", "matplotlib", "rich")
 FAILED, INTERRUPTED = 1, 130
 
 
