@@ -116,8 +116,10 @@ def cross_entropy_kernel(
                 softmax_label = factor * tl.exp2((x_label - top) * LOG2E)
                 deferred = tl.where(softmax_label < 0.5 * (1.0 - smooth), (1.0 - smooth) * scale, 0.0)
                 rest = (softmax_label - smooth / vocab) * scale
-            for start in range(0, vocab, BLOCK):
-                o_col = start + o_lane
+            # from the end of the row to its beginning: what was read last is still in the L2 cache
+            last = (vocab - 1) // BLOCK * BLOCK
+            for back in range(0, vocab, BLOCK):
+                o_col = last - back + o_lane
                 x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
                 # the true class is subtracted in fp32, before the one rounding
                 d = factor * tl.exp2((x - top) * LOG2E) - tl.where(o_col == label, 1.0 - smooth, 0.0)
