@@ -1,86 +1,28 @@
 """What the op benchmark measures, as data: ops, their inputs, fp64 references, bytes and FLOPs, and the shapes.
 
-Adding a shape is one row of ``CASES``; adding an op is one entry of ``OPS`` and one of ``peers.PEERS``.
+Adding a shape is one row of ``CASES``; adding an op is one entry of ``OPS`` and one of ``peers.PEERS``, or a file of its
+own that gives ``OPS``, ``CASES`` and ``PEERS``, as :mod:`m3kernels.bench.attention` does.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from m3kernels.bench import adapters, attention
+from m3kernels.bench.spec import BOTH, Case, Cost, Op, Shape, Tensors, by_autograd, randn
+
 EPS = 1e-5
-BOTH = "forward+backward"
 ROPE_THETA = 1e6
-Shape = dict[str, object]
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The least a GPU must do: bytes of device memory (inputs read once, outputs written once) or matrix FLOPs."""
-
-    bytes: int = 0
-    flops: int = 0
-
-    def limit_ms(self, copy_bytes_s: float, gemm_flops_s: float) -> float:
-        """Milliseconds at a measured copy rate (bytes read + written per second) and a measured GEMM rate (FLOP/s)."""
-        return 1e3 * max(self.bytes / copy_bytes_s, self.flops / gemm_flops_s)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One op: how to make its inputs, what is right, and what it costs.
-
-    ``outputs`` maps an output's name to the input whose shape, dtype and layout its gradient gets (None: a scalar
-    loss, whose gradient is 1). ``wrt`` names the inputs that are differentiated; gradients are called ``d<input>``.
-    """
-
-    inputs: Callable[[Shape, torch.device, torch.Generator], Tensors]
-    outputs: dict[str, str | None]
-    wrt: Callable[[Shape], tuple[str, ...]]
-    reference: Callable[[Shape, Tensors, Tensors], Tensors]
-    cost: Callable[[Shape, str], Cost]
-    directions: tuple[str, ...] = ("forward", "backward")
-    graph: bool = True
-    report_memory: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    label: str
-    shape: Shape = field(hash=False)
-    quick: bool = False
-
-
-def _randn(shape: tuple[int, ...], device: torch.device, g: torch.Generator, std: float = 1.0) -> Tensor:
-    return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=g).mul_(std)
-
-
-def _by_autograd(
-    function: Callable[[Shape, Tensors], tuple[Tensor, ...]], wrt: tuple[str, ...], outputs: tuple[str, ...]
-):
-    """An fp64 reference out of a plain fp64 forward: outputs, and gradients named ``d<input>``."""
-
-    def reference(shape: Shape, inputs: Tensors, grads: Tensors) -> Tensors:
-        wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-        leaves = {n: wide[n].requires_grad_() for n in wrt}
-        outs = function(shape, wide | leaves)
-        found = torch.autograd.grad(outs, [leaves[n] for n in wrt], [grads[n].double() for n in outputs])
-        return dict(zip(outputs, (o.detach() for o in outs))) | {f"d{n}": d for n, d in zip(wrt, found)}
-
-    return reference
 
 
 def rms_norm_inputs(shape: Shape, device, g) -> Tensors:
     rows, width = shape["rows"], shape["width"]
-    return {"x": _randn((rows, width), device, g), "weight": 1 + _randn((width,), device, g, 0.1)}
+    return {"x": randn((rows, width), device, g), "weight": 1 + randn((width,), device, g, 0.1)}
 
 
 def add_rms_norm_inputs(shape: Shape, device, g) -> Tensors:
-    return rms_norm_inputs(shape, device, g) | {"residual": _randn((shape["rows"], shape["width"]), device, g)}
+    return rms_norm_inputs(shape, device, g) | {"residual": randn((shape["rows"], shape["width"]), device, g)}
 
 
 def _rms_norm64(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,7 +38,8 @@ def row_cost(forward_passes: int, backward_passes: int):
     """Cost in passes over a (rows, width) bf16 tensor; the weight and its gradient are counted, rstd is not."""
 
     def cost(shape: Shape, direction: str) -> Cost:
-        passes, weights = (forward_passes, 1) if direction == "forward" else (backward_passes, 2)
+        both = forward_passes + backward_passes
+        passes, weights = {"forward": (forward_passes, 1), "backward": (backward_passes, 2), BOTH: (both, 3)}[direction]
         return Cost(bytes=2 * shape["width"] * (shape["rows"] * passes + weights))
 
     return cost
@@ -109,8 +52,8 @@ def rotary_inputs(shape: Shape, device, g) -> Tensors:
     ``original_max``, and a short benchmark would never see it.
     """
     batch, seq, d = shape["batch"], shape["seq"], shape["head_dim"]
-    q = _randn((batch, seq, shape["heads"], d), device, g).transpose(1, 2)
-    k = _randn((batch, seq, shape["kv_heads"], d), device, g).transpose(1, 2)
+    q = randn((batch, seq, shape["heads"], d), device, g).transpose(1, 2)
+    k = randn((batch, seq, shape["kv_heads"], d), device, g).transpose(1, 2)
     inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
     positions = torch.arange(shape["first"], shape["first"] + seq, device=device)[None]
     angle = positions[..., None].float() * inv_freq
@@ -135,16 +78,17 @@ def _rotary64(shape: Shape, t: Tensors) -> tuple[Tensor, Tensor]:
 def rotary_cost(shape: Shape, direction: str) -> Cost:
     """q and k read and written, and one fp32 (S, D) table [cos | sin], as many bytes as HF's two bf16 tables."""
     rows = shape["batch"] * shape["seq"] * shape["head_dim"]
-    return Cost(bytes=rows * (shape["heads"] + shape["kv_heads"]) * 2 * 2 + shape["seq"] * shape["head_dim"] * 4)
+    once = rows * (shape["heads"] + shape["kv_heads"]) * 2 * 2 + shape["seq"] * shape["head_dim"] * 4
+    return Cost(bytes=once * (2 if direction == BOTH else 1))
 
 
 def swiglu_inputs(shape: Shape, device, g) -> Tensors:
     size = (shape["rows"], shape["width"])
-    return {"gate": _randn(size, device, g), "up": _randn(size, device, g)}
+    return {"gate": randn(size, device, g), "up": randn(size, device, g)}
 
 
 def swiglu_cost(shape: Shape, direction: str) -> Cost:
-    return Cost(bytes=2 * shape["rows"] * shape["width"] * (3 if direction == "forward" else 5))
+    return Cost(bytes=2 * shape["rows"] * shape["width"] * {"forward": 3, "backward": 5, BOTH: 8}[direction])
 
 
 def linear_cross_entropy_inputs(shape: Shape, device, g) -> Tensors:
@@ -155,8 +99,8 @@ def linear_cross_entropy_inputs(shape: Shape, device, g) -> Tensors:
     """
     tokens, vocab, hidden = shape["tokens"], shape["vocab"], shape["hidden"]
     return {
-        "hidden": _randn((tokens, hidden), device, g),
-        "weight": _randn((vocab, hidden), device, g, 2.5 / math.sqrt(hidden)),
+        "hidden": randn((tokens, hidden), device, g),
+        "weight": randn((vocab, hidden), device, g, 2.5 / math.sqrt(hidden)),
         "labels": torch.randint(vocab, (tokens,), device=device, generator=g),
     }
 
@@ -206,14 +150,14 @@ OPS: dict[str, Op] = {
         inputs=rms_norm_inputs,
         outputs={"y": "x"},
         wrt=lambda _: ("x", "weight"),
-        reference=_by_autograd(lambda _, t: (_rms_norm64(t["x"], t["weight"]),), ("x", "weight"), ("y",)),
+        reference=by_autograd(lambda _, t: (_rms_norm64(t["x"], t["weight"]),), ("x", "weight"), ("y",)),
         cost=row_cost(2, 3),
     ),
     "add_rms_norm": Op(
         inputs=add_rms_norm_inputs,
         outputs={"normed": "x", "summed": "x"},
         wrt=lambda _: ("x", "residual", "weight"),
-        reference=_by_autograd(_add_rms_norm64, ("x", "residual", "weight"), ("normed", "summed")),
+        reference=by_autograd(_add_rms_norm64, ("x", "residual", "weight"), ("normed", "summed")),
         # the gradients of x and residual are one tensor
         cost=row_cost(4, 4),
     ),
@@ -221,14 +165,14 @@ OPS: dict[str, Op] = {
         inputs=rotary_inputs,
         outputs={"q_out": "q", "k_out": "k"},
         wrt=lambda _: ("q", "k"),
-        reference=_by_autograd(_rotary64, ("q", "k"), ("q_out", "k_out")),
+        reference=by_autograd(_rotary64, ("q", "k"), ("q_out", "k_out")),
         cost=rotary_cost,
     ),
     "swiglu": Op(
         inputs=swiglu_inputs,
         outputs={"y": "gate"},
         wrt=lambda _: ("gate", "up"),
-        reference=_by_autograd(lambda _, t: (torch.nn.functional.silu(t["gate"]) * t["up"],), ("gate", "up"), ("y",)),
+        reference=by_autograd(lambda _, t: (torch.nn.functional.silu(t["gate"]) * t["up"],), ("gate", "up"), ("y",)),
         cost=swiglu_cost,
     ),
     "linear_cross_entropy": Op(
@@ -242,6 +186,8 @@ OPS: dict[str, Op] = {
         graph=False,
         report_memory=True,
     ),
+    **attention.OPS,
+    **adapters.OPS,
 }
 
 
@@ -279,4 +225,6 @@ CASES: tuple[Case, ...] = (
     _linear_cross_entropy(4096, trained=True, quick=True),
     _linear_cross_entropy(4096, trained=False),
     _linear_cross_entropy(3072, trained=True),
+    *attention.CASES,
+    *adapters.CASES,
 )

@@ -2,32 +2,23 @@
 
     python -m m3kernels.bench.ops [--op NAME ...] [--peers NAME ...] [--quick] [--out FILE.jsonl]
 
-Writes JSON lines: one header (machine, versions, measured ceilings), then one row per (op, shape, direction, peer) as
-it comes. Needs a CUDA GPU; without one it says so and exits 2.
+One row per (op, shape, direction, peer). Needs a CUDA GPU; without one it says so and exits 2.
 """
 
-import argparse
-import json
 import math
-import os
-import platform
-import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from m3kernels.bench import gate, measure, peers, targets
-from m3kernels.bench.cases import BOTH, CASES, OPS, Case, Op, Shape, Tensors, one_gemm_dweight
+from m3kernels.bench import gate, measure, peers
+from m3kernels.bench.cases import CASES, OPS, one_gemm_dweight
+from m3kernels.bench.spec import BOTH, Case, Op, Shape, Tensors
 from m3kernels.bench.targets import time_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 20260801
 FULL = measure.Budget(seconds=0.25, rounds=5)
 QUICK = measure.Budget(seconds=0.1, rounds=3)
@@ -68,7 +59,10 @@ def make_data(case: Case, device: torch.device) -> Data:
     inputs = op.inputs(case.shape, device, g)
     grads = {}
     for name, like in op.outputs.items():
-        if like is not None:
+        if isinstance(like, tuple):
+            size = [case.shape[dimension] for dimension in like]
+            grads[name] = torch.empty(size, dtype=torch.bfloat16, device=device).normal_(generator=g)
+        elif like is not None:
             grads[name] = torch.empty_like(inputs[like]).normal_(generator=g)
     return Data(inputs, grads, op.reference(case.shape, inputs, grads))
 
@@ -134,7 +128,7 @@ def verdict(me: Contender, eager: Contender, direction: str, op: Op) -> gate.Ver
 
 def dtype_error(op: Op, results: Tensors, inputs: Tensors) -> str:
     """Outputs and gradients have their input's dtype; a loss may have any."""
-    expected = {n: inputs[like].dtype for n, like in op.outputs.items() if like}
+    expected = {n: inputs[like].dtype for n, like in op.outputs.items() if isinstance(like, str)}
     expected |= {n: inputs[n[1:]].dtype for n in results if n not in op.outputs}
     return "; ".join(f"{n} is {results[n].dtype}, not {d}" for n, d in expected.items() if results[n].dtype != d)
 
@@ -259,101 +253,22 @@ def show(row: dict) -> str:
     return line + (f"  ({row['status']})" if row["status"] != gate.OK else "")
 
 
-def header(gpu: measure.Gpu, ceilings: dict, quick: bool) -> dict:
-    import transformers
-    import triton
-
-    properties = torch.cuda.get_device_properties(gpu.device)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    return {
-        "kind": "header",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": driver(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions | {"transformers": transformers.__version__, "cuda": torch.version.cuda},
-        "peers": peers.peer_versions(),
-        "quick": quick,
-        "ceilings": ceilings,
-        "flush_bytes": measure.FLUSH_BYTES,
-        "graph_timer": "events inside the graph" if gpu.in_graph_events else "events around a replay",
-    }
-
-
-def commit() -> str:
-    """``M3K_COMMIT``, else what git says, else ``unknown``."""
-    if os.environ.get("M3K_COMMIT"):
-        return os.environ["M3K_COMMIT"]
-    return _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD") or "unknown"
-
-
-def driver() -> str | None:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    return lines[0] if lines else None
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def default_path(head: dict) -> Path:
-    """``results/<gpu>/<date>-<commit>.jsonl``, the name that ``report`` looks for."""
-    slug = re.sub(r"[^a-z0-9]+", "-", head["gpu"].lower()).strip("-")
-    return RESULTS / slug / f"{head['date'][:10]}-{head['commit']}.jsonl"
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m m3kernels.bench.ops", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS), help="only these ops")
-    parser.add_argument("--peers", nargs="+", choices=peers.ORDER, default=peers.ORDER, help="only these (and eager)")
-    parser.add_argument("--quick", action="store_true", help="one shape an op and fewer repeats, about a minute")
-    parser.add_argument("--out", type=Path, help="default: bench/results/<gpu>/<date>-<commit>.jsonl")
-    parser.add_argument("--seconds", type=float, default=480, help="start no further case after this long (480)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    if not torch.cuda.is_available():
-        print(
-            "m3kernels.bench.ops needs a CUDA GPU with bf16 (about 40 GiB free for the largest rows): torch "
-            f"{torch.__version__} sees none. Run it on a GPU machine; results are read by m3kernels.bench.report.",
-            file=sys.stderr,
-        )
-        return 2
-    begun, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
-    gpu = measure.Gpu(device)
-    with torch.cuda.stream(gpu.stream):
-        ceilings = gpu.ceilings()
-        head = header(gpu, ceilings, args.quick)
-        path = args.out or default_path(head)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        with path.open("w") as file:
-            print(json.dumps(head), file=file, flush=True)
-            print(json.dumps(head, indent=1))
-            for case in CASES:
-                if case.op not in args.op or (args.quick and not case.quick):
-                    continue
-                if time.monotonic() - begun > args.seconds:
-                    print(f"skipped {case.op} {case.label}: {args.seconds:.0f} s are over", flush=True)
-                    continue
-                for row in guarded_case(case, gpu, QUICK if args.quick else FULL, ceilings, args.peers):
-                    rows += [row] if row["kind"] == "row" else []
-                    print(json.dumps(row), file=file, flush=True)
-                    print(f"{time.monotonic() - begun:4.0f} s  {show(row)}", flush=True)
-                torch.cuda.empty_cache()
-    print(targets.table(rows))
-    print(f"wrote {path} in {time.monotonic() - begun:.0f} s")
-    return 0
+def bench_ops(
+    gpu: measure.Gpu, ceilings: dict, *, ops: tuple[str, ...], chosen: tuple[str, ...], quick: bool, deadline: float
+) -> Iterator[dict]:
+    """Rows of every case of ``ops``; a case that would begin after ``deadline`` (``time.monotonic``) is one line that says so."""
+    for case in CASES:
+        if case.op not in ops or (quick and not case.quick):
+            continue
+        if time.monotonic() > deadline:
+            yield {"kind": "error", "op": case.op, "label": case.label, "reason": "skipped: the time given was over"}
+            continue
+        with torch.cuda.stream(gpu.stream):
+            yield from guarded_case(case, gpu, QUICK if quick else FULL, ceilings, chosen)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from m3kernels.bench.run import main_of
+
+    sys.exit(main_of("ops"))

@@ -14,16 +14,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3kernels.bench.cases import EPS, Shape, Tensors
+from m3kernels.bench import adapters, attention
+from m3kernels.bench.cases import EPS
+from m3kernels.bench.spec import Shape, Tensors
 
 OURS = "m3kernels"
-ORDER = ("eager", "torch.compile", "liger", "torch", "quack", "cce", OURS)
-TITLES = {"torch": "F.rms_norm", "quack": "QuACK", "cce": "CCE", "liger": "Liger"}
+ATTENTION = ("sdpa flash", "cudnn", "flex", "fa2", "fa3", "fa4")
+ORDER = ("eager", "torch.compile", "liger", "torch", "quack", "cce", *ATTENTION, "peft", "peft+compile", OURS)
+TITLES = {
+    "torch": "F.rms_norm",
+    "quack": "QuACK",
+    "cce": "CCE",
+    "liger": "Liger",
+    "sdpa flash": "SDPA flash",
+    "cudnn": "cuDNN",
+    "flex": "FlexAttention",
+    "fa2": "FA2",
+    "fa3": "FA3",
+    "fa4": "FA4",
+    "peft": "PEFT",
+    "peft+compile": "PEFT + compile",
+}
 # peer: (package, module)
 PACKAGES = {
     "liger": ("liger-kernel", "liger_kernel"),
     "quack": ("quack-kernels", "quack"),
     "cce": ("cut-cross-entropy", "cut_cross_entropy"),
+    "fa2": ("flash-attn", "flash_attn.flash_attn_interface"),
+    "fa3": ("flash-attn-3", "flash_attn_interface"),
+    "fa4": ("flash-attn-4", "flash_attn.cute"),
+    "peft": ("peft", "peft"),
 }
 
 Function = Callable[[Tensors], tuple[Tensor, ...]]
@@ -229,6 +249,8 @@ PEERS: dict[str, dict[str, Builder]] = {
         "cce": cce_linear_cross_entropy,
         OURS: our_linear_cross_entropy,
     },
+    **attention.PEERS,
+    **adapters.PEERS,
 }
 
 

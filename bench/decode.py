@@ -1,0 +1,330 @@
+"""The decode bench: ``generate()`` of Ministral 3 at real shapes with random weights, beside its peers, checked first.
+
+    python -m m3kernels.bench.decode [--size 3b 8b] [--peers NAME ...] [--quick] [--out FILE.jsonl] [--seconds N]
+
+Time is read inside ``generate()``, by an event that a logits processor records after every forward: between two of them
+lies one token of every row, with whatever host time the GPU waits for. A peer's logits, for tokens that are forced upon
+all peers, must equal Hugging Face's before it is timed. Peers run one after another, since graphs and cache of a compiled
+one stay in memory. Needs a CUDA GPU; without one it says so and exits 2.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from m3kernels.bench import measure, model_run
+from m3kernels.bench.model_run import ALL, FAILED, OK, SKIPPED, WRONG
+from m3kernels.bench.model_shapes import PAD_TOKEN, SEED, SIZES, Size, build, decode_bytes, weight_bytes
+from m3kernels.bench.peers import OURS
+from m3kernels.bench.train_peers import Part, become, ours, own_attributes
+
+HF = "hf"
+# logits of the prompt and of so many forced tokens are compared
+FORCED = 8
+# the first tokens of a compiled generate() record its CUDA graphs for the new cache
+SETTLING = 4
+# Two bf16 evaluations of a 26-layer model's logits (hf with SDPA, hf with eager attention, m3kernels) are 0.012 to 0.02
+# apart; without rotary 0.5.
+BOUND = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``new_tokens`` tokens after a prompt, greedily, for ``batch`` rows of equal length."""
+
+    size: str
+    batch: int
+    prompt: int
+    new_tokens: int = 64
+    quick: bool = False
+
+
+CELLS: tuple[Cell, ...] = (
+    Cell("3b", 1, 512, quick=True),
+    Cell("3b", 1, 16384),
+    Cell("3b", 16, 512),
+    Cell("8b", 1, 512),
+    Cell("8b", 1, 16384),
+    Cell("8b", 16, 512),
+    Cell("14b", 1, 512),
+    Cell("14b", 1, 16384),
+    Cell("14b", 16, 512),
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``static``: a static cache, with which ``generate()`` itself compiles the decoding forward (reduce-overhead)."""
+
+    parts: tuple[Part, ...] = ()
+    static: bool = False
+
+
+PEERS: dict[str, Peer] = {
+    HF: Peer(),
+    "hf+compile": Peer(static=True),
+    OURS: Peer((ours,)),
+    f"{OURS}+compile": Peer((ours,), static=True),
+}
+
+
+class Forced(LogitsProcessor):
+    """Makes ``generate()`` take the given tokens (steps, batch), and keeps the first logits, fp32."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens, self.logits, self.step = tokens, [], 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.step <= FORCED:
+            self.logits.append(scores.clone())
+        forced = torch.full_like(scores, -math.inf).scatter_(1, self.tokens[self.step][:, None], 0.0)
+        self.step += 1
+        return forced
+
+
+class Stopwatch(LogitsProcessor):
+    """Marks the moment when each token's logits are there: on the GPU's clock, or on the host's without one."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.marks = device, []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device.type != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.mark()
+        return scores
+
+    def intervals(self) -> list[float]:
+        """Milliseconds: to the first token, then from each to the next."""
+        if self.device.type != "cuda":
+            return [1e3 * (b - a) for a, b in zip(self.marks, self.marks[1:])]
+        torch.cuda.synchronize(self.device)
+        return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:])]
+
+
+@dataclass
+class Entry:
+    """One peer in one cell."""
+
+    peer: str
+    status: str = OK
+    reason: str = ""
+    logits: Tensor | None = None
+    error: float | None = None
+    agreement: float | None = None
+    first: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+def generate(model: nn.Module, cell: Cell, prompt: Tensor, processor: LogitsProcessor, static: bool) -> None:
+    """``cell.new_tokens`` tokens through transformers' own loop."""
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=cell.new_tokens,
+        do_sample=False,
+        cache_implementation="static" if static else "dynamic",
+        logits_processor=LogitsProcessorList([processor]),
+        # one that is never drawn: the check for it is part of every real loop
+        eos_token_id=model.config.get_text_config().vocab_size,
+        pad_token_id=PAD_TOKEN,
+    )
+
+
+def make_tokens(cell: Cell, size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts (batch, prompt) and the tokens forced after them (new_tokens, batch)."""
+    g = torch.Generator().manual_seed(SEED)
+    prompt = torch.randint(PAD_TOKEN + 1, size.vocab, (cell.batch, cell.prompt), generator=g)
+    forced = torch.randint(PAD_TOKEN + 1, size.vocab, (cell.new_tokens, cell.batch), generator=g)
+    return prompt.to(device), forced.to(device)
+
+
+def run_peer(
+    me: Entry, cell: Cell, model: nn.Module, tokens: tuple[Tensor, Tensor], truth: Tensor | None, repeats: int
+) -> None:
+    """Logits, their check, and the times of ``repeats`` calls; what compiles does so for the logits."""
+    static, (prompt, forced) = PEERS[me.peer].static, tokens
+    watched = Forced(forced)
+    generate(model, cell, prompt, watched, static)
+    me.logits = torch.stack(watched.logits)
+    judge(me, me.logits if truth is None else truth)
+    if me.status == OK and static and "_compiled_call" not in vars(model):
+        me.status, me.reason = FAILED, f"generate() did not compile on {prompt.device.type}"
+    for _ in range(repeats if me.status == OK else 0):
+        watch = Stopwatch(prompt.device)
+        generate(model, cell, prompt, watch, static)
+        first, *rest = watch.intervals()
+        me.first.append(first)
+        me.tokens += rest[SETTLING:]
+
+
+def judge(me: Entry, truth: Tensor) -> None:
+    """Errors of the logits (steps, batch, vocab) beside hf's, the worst step deciding."""
+    off = torch.linalg.vector_norm(me.logits - truth, dim=(1, 2)) / torch.linalg.vector_norm(truth, dim=(1, 2))
+    me.error = off.max().item()
+    me.agreement = (me.logits.argmax(-1) == truth.argmax(-1)).float().mean().item()
+    if not me.error <= BOUND:
+        me.status, me.reason = WRONG, f"logits are {me.error:.2g} from hf's, over {BOUND:g}"
+
+
+def enter(
+    peer: str,
+    cell: Cell,
+    model: nn.Module,
+    tokens: tuple[Tensor, Tensor],
+    truth: Tensor | None,
+    gpu: measure.Gpu,
+    repeats: int,
+) -> Entry:
+    """One peer from patch to unpatch; ``truth`` is None for hf itself."""
+    me = Entry(peer)
+    try:
+        # generate() leaves its compiled forward and the longest cache so far on the model
+        with ExitStack() as stack:
+            stack.enter_context(become(model, PEERS[peer].parts))
+            stack.enter_context(own_attributes(model))
+            run = measure.Trial(lambda: run_peer(me, cell, model, tokens, truth, repeats))
+            me.peak_bytes = gpu.peak_bytes(run)
+    except Exception as error:  # a peer's failure is a result, not the end of the run
+        me.status, me.reason = model_run.outcome(error)
+    torch.compiler.reset()
+    model_run.free(gpu.device)
+    return me
+
+
+def bench_cell(
+    cell: Cell,
+    model: nn.Module,
+    gpu: measure.Gpu,
+    ceilings: dict,
+    chosen: tuple[str, ...],
+    repeats: int,
+    deadline: float | None = None,
+) -> Iterator[dict]:
+    """The rows of one cell, on its model, as each peer is done; hf always runs, since the others must equal it."""
+    size, weights = SIZES[cell.size], weight_bytes(model)
+    tokens, hf = make_tokens(cell, size, gpu.device), None
+    for peer in PEERS:
+        if peer != HF and peer not in chosen:
+            continue
+        if hf is not None and hf.logits is None:
+            me = Entry(peer, FAILED, f"hf gave nothing to compare with: {hf.reason or hf.status}")
+        elif hf is not None and model_run.late(deadline):
+            me = Entry(peer, SKIPPED, "the time was over")
+        else:
+            me = enter(peer, cell, model, tokens, None if hf is None else hf.logits, gpu, repeats)
+        hf = hf or me
+        yield row_of(cell, size, me, weights, ceilings)
+
+
+def base_row(cell: Cell, peer: str, status: str, reason: str) -> dict:
+    """A row in which nothing is known but who and why."""
+    row = {"kind": "decode", **asdict(cell), "peer": peer, "status": status, "reason": reason}
+    del row["quick"]
+    unknown = ("ms_per_token", "p20", "p80", "ttft_ms", "tokens_per_s", "bandwidth_share", "peak_gib")
+    row |= dict.fromkeys((*unknown, "logits_error", "argmax_agreement"))
+    needed = decode_bytes(SIZES[cell.size], cell.batch, cell.prompt + cell.new_tokens // 2)
+    return row | {"samples": 0, "bytes_per_token": needed, "bound": {"logits": BOUND}}
+
+
+def row_of(cell: Cell, size: Size, me: Entry, weights: int, ceilings: dict) -> dict:
+    """``ms_per_token`` and ``bytes_per_token`` are of a step, which is a token of every row of the batch."""
+    row = base_row(cell, me.peer, me.status, me.reason)
+    for column, value in (("logits_error", me.error), ("argmax_agreement", me.agreement)):
+        row[column] = value if value is not None and math.isfinite(value) else None
+    if me.status == OK:
+        stats = measure.Stats.of(me.tokens)
+        row |= {"ms_per_token": stats.median, "p20": stats.p20, "p80": stats.p80, "samples": stats.samples}
+        row |= {"ttft_ms": measure.Stats.of(me.first).median, "tokens_per_s": 1e3 * cell.batch / stats.median}
+        row["bandwidth_share"] = row["bytes_per_token"] / (1e-3 * stats.median) / ceilings["copy_bytes_s"]
+        row["peak_gib"] = (me.peak_bytes + weights) / 2**30
+    return row
+
+
+def cells_of(size: tuple[str, ...], quick: bool) -> list[Cell]:
+    return [cell for cell in CELLS if cell.size in size and (cell.quick or not quick)]
+
+
+def bench_decode(
+    gpu: measure.Gpu,
+    ceilings: dict,
+    *,
+    size: tuple[str, ...] = ("3b", "8b"),
+    quick: bool = False,
+    peers: tuple[str, ...] | None = None,
+    deadline: float | None = None,
+) -> Iterator[dict]:
+    """Rows of every cell, as each is done.
+
+    Args:
+        size: which sizes.
+        quick: few cells, few repeats.
+        peers: who takes part beside hf; None for all.
+        deadline: of ``time.monotonic()``; a cell that would begin later is one row, ``skipped``.
+    """
+    chosen, repeats = tuple(PEERS) if peers is None else peers, 2 if quick else 3
+    for name, cells in groupby(cells_of(size, quick), lambda c: c.size):
+        model = None
+        for cell in cells:
+            if model_run.late(deadline):
+                yield base_row(cell, ALL, SKIPPED, "the time was over before it began")
+                continue
+            try:
+                if model is None:
+                    model = build(SIZES[name], "text", gpu.device).eval()
+                yield from bench_cell(cell, model, gpu, ceilings, chosen, repeats, deadline)
+            except Exception as error:  # what breaks a whole cell (no memory for the model, say) is one row
+                yield base_row(cell, ALL, *model_run.outcome(error))
+        del model
+        model_run.free(gpu.device)
+
+
+def show(row: dict) -> str:
+    """A row as one line of the running log; WRONG, missing, oom and failed stand where the time would."""
+    head = f"decode {row['size']} batch {row['batch']:<2} prompt {row['prompt']:<6} {row['peer']:<18}"
+    if row["ms_per_token"] is None:
+        return f"{head} {row['status']}: {row['reason']}"
+    line = f"{head} {row['ms_per_token']:7.2f} ms a token ({row['p20']:.2f} to {row['p80']:.2f})"
+    line += f"  first {row['ttft_ms']:7.1f} ms  {row['tokens_per_s']:6.0f} tokens/s  {100 * row['bandwidth_share']:5.1f} %"
+    return f"{line}  peak {row['peak_gib']:5.1f} GiB  logits off hf {row['logits_error']:.3f}"
+
+
+def expected_rows(size: tuple[str, ...], quick: bool, peers: Iterable[str] | None) -> int:
+    return len(cells_of(size, quick)) * len({HF, *(PEERS if peers is None else peers)})
+
+
+SUITE = model_run.Suite(
+    name="decode",
+    doc=__doc__,
+    bench=bench_decode,
+    show=show,
+    expected=expected_rows,
+    sizes=tuple(SIZES),
+    default_sizes=("3b", "8b"),
+    peers=tuple(PEERS),
+    needs="with bf16 and memory for the model (7 GB of weights for the 3B, 17 GB for the 8B)",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return model_run.run(SUITE, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

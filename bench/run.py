@@ -1,0 +1,95 @@
+"""Runs suites on one GPU and writes one result file: behind ``m3kernels bench`` and each bench file's own command."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from m3kernels.bench import decode, host, measure, ops, peers, results, targets, train
+from m3kernels.bench.cases import OPS
+from m3kernels.bench.results import SUITES
+
+SIZES = ("3b", "8b", "14b")
+PEERS = {"ops": peers.ORDER, "host": (*peers.ORDER, *host.LAYER_PEERS), "train": train.PEERS, "decode": decode.PEERS}
+
+
+def _ops(args, gpu: measure.Gpu, ceilings: dict, deadline: float) -> Iterator[dict]:
+    chosen = args.peers or peers.ORDER
+    return ops.bench_ops(gpu, ceilings, ops=tuple(args.op), chosen=chosen, quick=args.quick, deadline=deadline)
+
+
+def _host(args, gpu: measure.Gpu, ceilings: dict, deadline: float) -> Iterator[dict]:
+    return host.bench_host(gpu.device, args.quick, args.peers or PEERS["host"])
+
+
+def _end_to_end(bench: Callable[..., Iterator[dict]]) -> Callable[..., Iterator[dict]]:
+    def rows(args, gpu: measure.Gpu, ceilings: dict, deadline: float) -> Iterator[dict]:
+        with torch.cuda.stream(gpu.stream):
+            yield from bench(
+                gpu, ceilings, size=tuple(args.size), quick=args.quick, peers=args.peers, deadline=deadline
+            )
+
+    return rows
+
+
+# suite: (its rows, one row as a line of the log)
+RUNNERS: dict[str, tuple[Callable[..., Iterator[dict]], Callable[[dict], str]]] = {
+    "ops": (_ops, ops.show),
+    "host": (_host, host.show),
+    "train": (_end_to_end(train.bench_train), train.show),
+    "decode": (_end_to_end(decode.bench_decode), decode.show),
+}
+assert set(RUNNERS) == set(SUITES)
+
+
+def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
+    add = parser.add_argument
+    if "ops" in suites:
+        add("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
+    known = tuple(dict.fromkeys(peer for suite in suites for peer in PEERS[suite]))
+    add("--peers", nargs="+", choices=known, metavar="PEER", help=f"only these beside eager: {', '.join(known)}")
+    if {"train", "decode"} & set(suites):
+        add("--size", nargs="+", choices=SIZES, default=["3b", "8b"], help="default: 3b 8b")
+    add("--quick", action="store_true", help="fewer shapes and repeats: all suites in under 10 minutes on an H100")
+    add("--out", type=Path, metavar="FILE", help="default: bench/results/<gpu>/<date>-<commit>.jsonl")
+    add("--seconds", type=float, default=3600.0, help="start no further case after this long (default: 3600)")
+
+
+def run(suites: list[str], args: argparse.Namespace) -> int:
+    """Exit code 0; 2 where there is no GPU. What breaks is a row, not the end; what was measured is in the file."""
+    if not torch.cuda.is_available():
+        print(
+            f"m3kernels bench {' '.join(suites)} needs a CUDA GPU with bf16 (80 GB for the largest rows): torch "
+            f"{torch.__version__} sees none. Run it on a GPU machine; m3kernels bench report reads the result files here.",
+            file=sys.stderr,
+        )
+        return 2
+    begun = time.monotonic()
+    gpu = measure.Gpu(torch.device("cuda", torch.cuda.current_device()))
+    with torch.cuda.stream(gpu.stream):
+        ceilings = gpu.ceilings()
+    head = results.header(gpu.device, ceilings, args.quick, suites)
+    writer = results.Writer(args.out or results.default_path(head), head)
+    print(f"{head['gpu']}, torch {head['versions']['torch']}, triton {head['versions']['triton']}, {head['peers']}")
+    for suite in suites:
+        rows, show = RUNNERS[suite]
+        for row in rows(args, gpu, ceilings, begun + args.seconds):
+            writer.add(row)
+            print(f"{time.monotonic() - begun:4.0f} s  {show(row)}", flush=True)
+        torch.cuda.empty_cache()
+    writer.close()
+    if "ops" in suites:
+        print(targets.table([row for row in writer.rows if row["kind"] == "row"]))
+    print(f"wrote {writer.path} in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
+def main_of(suite: str, argv: list[str] | None = None) -> int:
+    """The command line of one suite by itself."""
+    description = sys.modules[f"m3kernels.bench.{suite}"].__doc__ if f"m3kernels.bench.{suite}" in sys.modules else None
+    parser = argparse.ArgumentParser(prog=f"python -m m3kernels.bench.{suite}", description=description)
+    add_arguments(parser, [suite])
+    return run([suite], parser.parse_args(argv))
