@@ -188,7 +188,14 @@ PLOTS = (
     ),
     Plot("ops-speed", "ops", "Speed-up over eager", f"Logarithmic. {_FATES}", "no op was timed beside eager.", speed),
     Plot("ops-memory", "ops", "Peak memory of ops", _FATES, "no op that is about memory was run.", memory),
-    Plot("ops-scaling", "ops", "Share of the limit by size", "", "no op was run at more than one size.", op_scaling),
+    Plot(
+        "ops-scaling",
+        "ops",
+        "Share of the limit by size",
+        "Sizes by what they move or compute.",
+        "no op was run at more than one size.",
+        op_scaling,
+    ),
     Plot("train", "train", "Training step", _FATES, "no step was timed.", train_bars),
     Plot(
         "train-scaling",
