@@ -39,15 +39,15 @@ def late(deadline: float | None) -> bool:
 class Suite:
     """One bench as its command line needs it.
 
-    ``bench(gpu, ceilings, size=, quick=, peers=, deadline=)`` yields rows; ``expected(size, quick, peers)`` says about
-    how many; ``needs`` completes "needs a CUDA GPU".
+    ``bench(gpu, ceilings, size=, quick=, peers=, deadline=, only=)`` yields rows; ``expected(size, quick, peers, only)``
+    says about how many; ``needs`` completes "needs a CUDA GPU".
     """
 
     name: str
     doc: str
     bench: Callable[..., Iterable[dict]]
     show: Callable[[dict], str]
-    expected: Callable[[tuple[str, ...], bool, tuple[str, ...] | None], int]
+    expected: Callable[[tuple[str, ...], bool, tuple[str, ...] | None, str], int]
     sizes: tuple[str, ...]
     default_sizes: tuple[str, ...]
     peers: tuple[str, ...]
@@ -61,6 +61,7 @@ def parse(suite: Suite, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="+", choices=suite.peers, help="only these (and hf, which the others must equal)"
     )
+    parser.add_argument("--only", default="", help="only cells whose label, as in the log, has this in it")
     parser.add_argument("--quick", action="store_true", help="the 3B's most telling cells and fewer repeats")
     parser.add_argument("--out", type=Path, help="default: bench/results/<gpu>/<date>-<commit>-<suite>.jsonl")
     parser.add_argument("--seconds", type=float, default=1500, help="start no further cell after this long (1500)")
@@ -83,9 +84,9 @@ def run(suite: Suite, argv: list[str] | None = None) -> int:
         ceilings = gpu.ceilings()
         head = results.header(device, ceilings, args.quick, [suite.name])
         writer = results.Writer(args.out or results.default_path(head), head)
-        options = {"size": tuple(args.size), "quick": args.quick, "peers": chosen, "deadline": begun + args.seconds}
-        rows = suite.bench(gpu, ceilings, **options)
-        for row in progress(rows, suite.expected(tuple(args.size), args.quick, chosen), suite.name):
+        which = {"size": tuple(args.size), "quick": args.quick, "peers": chosen, "only": args.only}
+        rows = suite.bench(gpu, ceilings, deadline=begun + args.seconds, **which)
+        for row in progress(rows, suite.expected(**which), suite.name):
             writer.add(row)
             print(f"{time.monotonic() - begun:4.0f} s  {suite.show(row)}", flush=True)
     writer.close()

@@ -81,8 +81,7 @@ def run(suites: list[str], args: argparse.Namespace) -> int:
             print(f"{time.monotonic() - begun:4.0f} s  {show(row)}", flush=True)
         torch.cuda.empty_cache()
     writer.close()
-    if "ops" in suites:
-        print(targets.table([row for row in writer.rows if row["kind"] == "row"]))
+    print(targets.table(writer.rows, head))
     print(f"wrote {writer.path} in {time.monotonic() - begun:.0f} s")
     return 0
 

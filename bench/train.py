@@ -46,6 +46,10 @@ class Cell:
     batch: int = 1
     quick: bool = False
 
+    @property
+    def label(self) -> str:
+        return f"{self.size} {self.modality} {self.mode} S{self.seq}" + (" recomputed" if self.recompute else "")
+
 
 # in the order of running: cells of one model beside each other, which then is built once
 CELLS: tuple[Cell, ...] = (
@@ -294,8 +298,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def cells_of(size: tuple[str, ...], quick: bool) -> list[Cell]:
-    return [cell for cell in CELLS if cell.size in size and (cell.quick or not quick)]
+def cells_of(size: tuple[str, ...], quick: bool, only: str = "") -> list[Cell]:
+    return [cell for cell in CELLS if cell.size in size and (cell.quick or not quick) and only in cell.label]
+
+
+def _model_of(cell: Cell) -> tuple[str, str, str]:
+    return cell.size, cell.modality, cell.mode
 
 
 def bench_train(
@@ -306,6 +314,7 @@ def bench_train(
     quick: bool = False,
     peers: tuple[str, ...] | None = None,
     deadline: float | None = None,
+    only: str = "",
 ) -> Iterator[dict]:
     """Rows of every cell, as each is done.
 
@@ -314,10 +323,11 @@ def bench_train(
         quick: few cells, few repeats, and without ``peers`` the four peers that matter most.
         peers: who takes part beside hf; None for all that run unasked.
         deadline: of ``time.monotonic()``; a cell that would begin later is one row, ``skipped``.
+        only: only cells with this in their label, like "text lora" or "S8192".
     """
     chosen = default_peers(quick) if peers is None else peers
     budget = QUICK if quick else FULL
-    for (name, modality, mode), cells in groupby(cells_of(size, quick), lambda c: (c.size, c.modality, c.mode)):
+    for (name, modality, mode), cells in groupby(cells_of(size, quick, only), _model_of):
         model = None
         for cell in cells:
             if model_run.late(deadline):
@@ -346,9 +356,9 @@ def show(row: dict) -> str:
     )
 
 
-def expected_rows(size: tuple[str, ...], quick: bool, peers: Iterable[str] | None) -> int:
+def expected_rows(size: tuple[str, ...], quick: bool, peers: Iterable[str] | None, only: str) -> int:
     chosen = {HF, *(default_peers(quick) if peers is None else peers)}
-    return len(cells_of(size, quick)) * len(chosen)
+    return len(cells_of(size, quick, only)) * len(chosen)
 
 
 SUITE = model_run.Suite(

