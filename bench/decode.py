@@ -11,7 +11,7 @@ one stay in memory. Needs a CUDA GPU; without one it says so and exits 2.
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -325,25 +325,11 @@ def show(row: dict) -> str:
     return f"{line}  peak {row['peak_gib']:5.1f} GiB  logits off hf {row['logits_error']:.3f}"
 
 
-def expected_rows(size: tuple[str, ...], quick: bool, peers: Iterable[str] | None, only: str) -> int:
-    return len(cells_of(size, quick, only)) * len({HF, *(PEERS if peers is None else peers)})
-
-
-SUITE = model_run.Suite(
-    name="decode",
-    doc=__doc__,
-    bench=bench_decode,
-    show=show,
-    expected=expected_rows,
-    sizes=tuple(SIZES),
-    default_sizes=("3b", "8b"),
-    peers=tuple(PEERS),
-    needs="with bf16 and memory for the model (7 GB of weights for the 3B, 17 GB for the 8B)",
-)
-
-
 def main(argv: list[str] | None = None) -> int:
-    return model_run.run(SUITE, argv)
+    """The command line of this bench by itself."""
+    from m3kernels.bench.run import main_of
+
+    return main_of("decode", argv)
 
 
 if __name__ == "__main__":

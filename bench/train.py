@@ -8,7 +8,7 @@ peer's loss and gradients must equal Hugging Face's before it is timed. Needs a 
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 
@@ -356,26 +356,11 @@ def show(row: dict) -> str:
     )
 
 
-def expected_rows(size: tuple[str, ...], quick: bool, peers: Iterable[str] | None, only: str) -> int:
-    chosen = {HF, *(default_peers(quick) if peers is None else peers)}
-    return len(cells_of(size, quick, only)) * len(chosen)
-
-
-SUITE = model_run.Suite(
-    name="train",
-    doc=__doc__,
-    bench=bench_train,
-    show=show,
-    expected=expected_rows,
-    sizes=tuple(SIZES),
-    default_sizes=("3b", "8b"),
-    peers=tuple(PEERS),
-    needs="with bf16 (80 GB for every row; where memory ends, the row says oom)",
-)
-
-
 def main(argv: list[str] | None = None) -> int:
-    return model_run.run(SUITE, argv)
+    """The command line of this bench by itself."""
+    from m3kernels.bench.run import main_of
+
+    return main_of("train", argv)
 
 
 if __name__ == "__main__":
