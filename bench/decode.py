@@ -232,8 +232,8 @@ def bench_cell(
     deadline: float | None = None,
 ) -> Iterator[dict]:
     """The rows of one cell, on its model, as each peer is done; hf always runs, since the others must equal it."""
-    size, weights = SIZES[cell.size], weight_bytes(model)
-    tokens, hf = make_tokens(cell, size, gpu.device), None
+    weights, hf = weight_bytes(model), None
+    tokens = make_tokens(cell, SIZES[cell.size], gpu.device)
     for peer in PEERS:
         if peer != HF and peer not in chosen:
             continue
@@ -244,7 +244,7 @@ def bench_cell(
         else:
             me = enter(peer, cell, model, tokens, None if hf is None else hf.logits, gpu, repeats)
         hf = hf or me
-        yield row_of(cell, size, me, weights, ceilings)
+        yield row_of(cell, me, weights, ceilings)
 
 
 def base_row(cell: Cell, peer: str, status: str, reason: str) -> dict:
@@ -257,7 +257,7 @@ def base_row(cell: Cell, peer: str, status: str, reason: str) -> dict:
     return row | {"samples": 0, "bytes_per_token": needed, "bound": {"logits": BOUND}}
 
 
-def row_of(cell: Cell, size: Size, me: Entry, weights: int, ceilings: dict) -> dict:
+def row_of(cell: Cell, me: Entry, weights: int, ceilings: dict) -> dict:
     """``ms_per_token`` and ``bytes_per_token`` are of a step, which is a token of every row of the batch.
 
     A compiled peer is one graph with no CUDA graph skipped; anything else ran partly in eager, and the counts say so.
@@ -321,7 +321,9 @@ def show(row: dict) -> str:
     if row["ms_per_token"] is None:
         return f"{head} {row['status']}: {row['reason']}"
     line = f"{head} {row['ms_per_token']:7.2f} ms a token ({row['p20']:.2f} to {row['p80']:.2f})"
-    line += f"  first {row['ttft_ms']:7.1f} ms  {row['tokens_per_s']:6.0f} tokens/s  {100 * row['bandwidth_share']:5.1f} %"
+    line += (
+        f"  first {row['ttft_ms']:7.1f} ms  {row['tokens_per_s']:6.0f} tokens/s  {100 * row['bandwidth_share']:5.1f} %"
+    )
     return f"{line}  peak {row['peak_gib']:5.1f} GiB  logits off hf {row['logits_error']:.3f}"
 
 

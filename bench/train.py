@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from m3kernels.bench import measure, model_run
 from m3kernels.bench.model_run import ALL, FAILED, OK, OOM, SKIPPED, WRONG
-from m3kernels.bench.model_shapes import SIZES, Size, adapt, build, make_batch, step_flops, weight_bytes
+from m3kernels.bench.model_shapes import SIZES, adapt, build, make_batch, step_flops, weight_bytes
 from m3kernels.bench.ops import GEMM_CEILING
 from m3kernels.bench.train_peers import PEERS, attention_of, become, default_peers, loss_by_chunks
 from m3kernels.patching.api import unwrap
@@ -249,16 +249,15 @@ def bench_cell(
     deadline: float | None = None,
 ) -> Iterator[dict]:
     """The rows of one cell, on its model."""
-    size, base = SIZES[cell.size], unwrap(model)
-    batch = make_batch(size, cell.modality, cell.batch, cell.seq, gpu.device)
-    recompute(base, cell.recompute)
+    batch = make_batch(SIZES[cell.size], cell.modality, cell.batch, cell.seq, gpu.device)
+    recompute(unwrap(model), cell.recompute)
     # a compiled peer's graphs are of one shape; of many, dynamo gives up
     torch.compiler.reset()
     entered, reference = contenders(model, batch, gpu, chosen, deadline)
     time_entries(entered, model, batch, gpu, budget)
     weights = weight_bytes(model)
     for me in entered:
-        yield row_of(cell, size, me, weights, reference, ceilings)
+        yield row_of(cell, me, weights, reference, ceilings)
     torch.compiler.reset()
     model_run.free(gpu.device)
 
@@ -275,7 +274,7 @@ def base_row(cell: Cell, peer: str, status: str, reason: str) -> dict:
     return row | {"samples": 0, "flops": flops, "bound": BOUND}
 
 
-def row_of(cell: Cell, size: Size, me: Entry, weights: int, reference: str, ceilings: dict) -> dict:
+def row_of(cell: Cell, me: Entry, weights: int, reference: str, ceilings: dict) -> dict:
     row = base_row(cell, me.peer, me.status, me.reason)
     row |= {"attention": me.attention, "weights_gib": weights / 2**30, "reference": reference}
     if me.seen is not None:

@@ -1,4 +1,4 @@
-"""The training and decode benches on a CPU: shapes and FLOPs, every peer's way in and out, the check, what becomes of failures.
+"""The training bench on a CPU: shapes and FLOPs, every peer's way in and out, the check, what becomes of failures.
 
 Liger and FlashAttention-4 are played by modules of the same names that compute with torch: what is tested is the bench.
 """
@@ -7,51 +7,19 @@ import json
 import sys
 import time
 from contextlib import contextmanager
-from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
+from bench_fakes import CPU, TINY, SlowGpu, fake_fa4, fake_liger, no_memory, raising, state, without_rotary
 
 import m3kernels
 from m3kernels.bench import decode, measure, model_shapes, train, train_peers
-from m3kernels.bench.model_shapes import SIZES, Size, Vision
+from m3kernels.bench.model_shapes import SIZES
 from m3kernels.patching.api import unwrap
 
-CPU = torch.device("cpu")
-TINY = Size(
-    layers=2,
-    hidden=64,
-    intermediate=96,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    vocab=300,
-    # as wide as 0.02 is at a hidden size of 3072
-    std=0.14,
-    vision=Vision(layers=2, hidden=64, heads=2, intermediate=96, patch=4, images=((16, 24), (8, 16))),
-)
 CEILINGS = {"copy_bytes_s": 1e9, "gemm_flops_s": {train.GEMM_CEILING: 1e12}}
 TEXT, VISION = train.Cell("tiny", "text", "full", 64), train.Cell("tiny", "vision", "full", 64)
 ONCE = measure.Budget(seconds=0.001, rounds=1)
-
-
-class SlowGpu(measure.Gpu):
-    """The GPU's part played by the CPU's clock."""
-
-    def __init__(self):
-        self.device = CPU
-
-    def python_sample(self, trial):
-        trial.prepare()
-        begun = time.perf_counter()
-        trial.run()
-        return 1e3 * (time.perf_counter() - begun), 1.0
-
-    def peak_bytes(self, trial):
-        trial.prepare()
-        trial.run()
-        return 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -70,17 +38,21 @@ def model_of(cell: train.Cell) -> torch.nn.Module:
 def rows_of(monkeypatch, *cells: train.Cell, **options) -> dict[str, dict]:
     """Peer -> row of the last cell; every row must survive JSON and have its line in the log."""
     monkeypatch.setattr(train, "CELLS", cells)
-    rows = [json.loads(json.dumps(r, allow_nan=False)) for r in train.bench_train(SlowGpu(), CEILINGS, size=("tiny",), **options)]
+    rows = list(train.bench_train(SlowGpu(), CEILINGS, size=("tiny",), **options))
+    rows = [json.loads(json.dumps(row, allow_nan=False)) for row in rows]
     assert all(row["status"] in train.show(row) for row in rows if row["ms"] is None)
     return {row["peer"]: row for row in rows}
 
 
-# what the bench costs
-
-
 @pytest.mark.parametrize(
     ("size", "modality", "billions"),
-    [("3b", "text", 3.43), ("8b", "text", 8.49), ("14b", "text", 13.51), ("3b", "vision", 3.85), ("8b", "vision", 8.92)],
+    [
+        ("3b", "text", 3.43),
+        ("8b", "text", 8.49),
+        ("14b", "text", 13.51),
+        ("3b", "vision", 3.85),
+        ("8b", "vision", 8.92),
+    ],
 )
 def test_real_shapes_have_the_released_models_parameters(size, modality, billions):
     model = model_shapes.build(SIZES[size], modality, torch.device("meta"))
@@ -111,16 +83,6 @@ def test_flops_of_the_tower_go_by_patches_and_only_forward_when_frozen():
     assert both.attention - text.attention == 3.5 * 24 * 2 * 2 * (7000**2 + 3000**2) * 1024
     text, both = (model_shapes.step_flops(SIZES["3b"], m, "lora", 1, 4096) for m in ("text", "vision"))
     assert both.gemm - text.gemm == 2 * (layers + projector) + 2 * 3 * 14 * 14 * 1024 * patches
-
-
-def test_a_decoded_token_of_the_3b_reads_its_weights_and_its_cache():
-    """``targets.md``: 6.86 GB of weights; a position of the cache is 26 x 2 x 8 x 128 x 2 bytes."""
-    empty = model_shapes.decode_bytes(SIZES["3b"], 1, 0)
-    assert empty == pytest.approx(6.86e9, rel=0.001)
-    assert model_shapes.decode_bytes(SIZES["3b"], 1, 1000) - empty == 1000 * 26 * 2 * 8 * 128 * 2
-
-
-# models and batches
 
 
 @pytest.mark.parametrize("modality", ["text", "vision"])
@@ -158,9 +120,6 @@ def test_adapters_are_on_the_text_linears_alone_in_bf16(modality):
     assert all(p.any() for p in trained.values())
 
 
-# peers
-
-
 CELLS = (
     TEXT,
     train.Cell("tiny", "text", "full", 64, recompute=True),
@@ -188,124 +147,24 @@ def test_every_kind_of_cell_runs_and_who_is_missing_says_so(monkeypatch, cell):
 
 def test_without_fa4_compiling_with_sdpa_takes_part(monkeypatch):
     assert "hf+compile" in train_peers.default_peers(quick=True)
-    _fake_fa4(monkeypatch)
+    fake_fa4(monkeypatch)
     assert "hf+compile" not in train_peers.default_peers(quick=True)
     assert set(train_peers.QUICK) <= set(train_peers.default_peers(quick=False)) <= set(train.PEERS)
 
 
-def _module(monkeypatch, name: str, **members) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(members)
-    monkeypatch.setitem(sys.modules, name, module)
-    parent, _, leaf = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], leaf, module)
-    return module
-
-
-def _fake_liger(monkeypatch) -> list[str]:
-    """Binds methods to instances as Liger's helpers do; returns the list that its functions write their names to."""
-    called = []
-
-    def norm(self, x):
-        called.append("norm")
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-    def patch_norm(module):
-        module.in_place = True
-        module.__dict__["forward"] = norm.__get__(module)
-
-    class MLP:
-        def forward(self, x):
-            called.append("mlp")
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    def patch_mlp(module, liger):
-        module.__dict__["forward"] = liger.forward.__get__(module)
-
-    def rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
-        called.append("rope")
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        turned = (torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1) for x in (q, k))
-        return tuple(x * cos + t * sin for x, t in zip((q, k), turned))
-
-    def loss(hidden, weight, labels, hidden_size):
-        called.append("loss")
-        logits = (hidden.reshape(-1, hidden_size) @ weight.T).float()
-        return F.cross_entropy(logits[:-1], labels.flatten()[1:])
-
-    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.model"):
-        _module(monkeypatch, name)
-    helpers = {"_patch_rms_norm_module": patch_norm, "_patch_swiglu_module": patch_mlp}
-    _module(monkeypatch, "liger_kernel.transformers.monkey_patch", **helpers)
-    _module(monkeypatch, "liger_kernel.transformers.rope", liger_rotary_pos_emb=rope)
-    _module(monkeypatch, "liger_kernel.transformers.swiglu", LigerSwiGLUMLP=MLP)
-    _module(monkeypatch, "liger_kernel.transformers.model.loss_utils", LigerForCausalLMLoss=loss)
-    return called
-
-
-def _probabilities(q, k, scale):
-    """Causal softmax (B, H, S, S) of (B, S, H, D), and k with a head for every head of q, in fp32."""
-    k = k.float().repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = scale * torch.einsum("bihd,bjhd->bhij", q.float(), k)
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1), k
-
-
-def _fake_fa4(monkeypatch) -> list[str]:
-    called = []
-
-    def forward(q, k, v, softmax_scale, causal, return_lse=True):
-        called.append("forward")
-        assert causal
-        p, _ = _probabilities(q, k, softmax_scale)
-        out = torch.einsum("bhij,bjhd->bihd", p, v.float().repeat_interleave(q.shape[2] // v.shape[2], 2))
-        return out.to(q.dtype).contiguous(), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32), None, None, None
-
-    def backward(q, k, v, out, grad, lse, scale, causal, *, dq, dk, dv):
-        called.append("backward")
-        p, wide = _probabilities(q, k, scale)
-        groups, grad = q.shape[2] // k.shape[2], grad.float()
-        dp = torch.einsum("bihd,bjhd->bhij", grad, v.float().repeat_interleave(groups, 2))
-        ds = scale * p * (dp - (dp * p).sum(-1, keepdim=True))
-        dq.copy_(torch.einsum("bhij,bjhd->bihd", ds, wide))
-        dk.copy_(torch.einsum("bhij,bihd->bjhd", ds, q.float()).unflatten(2, (-1, groups)).sum(3))
-        dv.copy_(torch.einsum("bhij,bihd->bjhd", p, grad).unflatten(2, (-1, groups)).sum(3))
-
-    def public(q, k, v, softmax_scale, causal):
-        return forward(q, k, v, softmax_scale, causal)[:2]
-
-    _module(monkeypatch, "flash_attn")
-    _module(monkeypatch, "flash_attn.cute", flash_attn_func=public)
-    _module(monkeypatch, "flash_attn.cute.interface", _flash_attn_fwd=forward, _flash_attn_bwd=backward)
-    return called
-
-
-def _state(model) -> dict:
-    """Everything that a peer may change: classes, what instances hold, functions of transformers' modules."""
-    found = {"": [unwrap(model).config.get_text_config()._attn_implementation]}
-    for name, module in model.named_modules():
-        found[name] = [type(module), {k: id(v) for k, v in vars(module).items() if k != "_modules"}]
-        modeling = sys.modules[type(module).__module__]
-        found[modeling.__name__] = id(getattr(modeling, "apply_rotary_pos_emb", None))
-    return found
-
-
 @pytest.mark.parametrize("cell", [TEXT, VISION, train.Cell("tiny", "text", "lora", 64)], ids=lambda c: c.label)
 def test_peers_do_what_their_names_say_and_leave_no_trace(monkeypatch, cell):
-    liger, fa4 = _fake_liger(monkeypatch), _fake_fa4(monkeypatch)
+    liger, fa4 = fake_liger(monkeypatch), fake_fa4(monkeypatch)
     model, batch = model_of(cell), model_shapes.make_batch(TINY, cell.modality, 1, cell.seq, CPU)
     truth = train.observe(model, batch)
-    before = _state(model)
+    before = state(model)
     for peer in ("hf+liger", "hf+liger+fa4", "m3kernels", "m3kernels+fa4"):
         with train_peers.become(model, train.PEERS[peer]):
-            assert _state(model) != before and m3kernels.is_patched(model) == peer.startswith("m3kernels")
+            assert state(model) != before and m3kernels.is_patched(model) == peer.startswith("m3kernels")
             assert train_peers.attention_of(model, 1, 64).startswith("FA4" if "fa4" in peer else "sdpa (")
             errors = train.compare(train.observe(model, batch), truth)
         assert errors.verdict() == ("ok", ""), (peer, errors)
-        assert _state(model) == before, peer
+        assert state(model) == before, peer
         assert set(liger) == ({"norm", "mlp", "rope", "loss"} if "liger" in peer else set()), peer
         assert bool(fa4) == ("fa4" in peer), peer
         liger.clear()
@@ -314,24 +173,21 @@ def test_peers_do_what_their_names_say_and_leave_no_trace(monkeypatch, cell):
 
 @pytest.mark.parametrize("cell", [TEXT, train.Cell("tiny", "vision", "dora", 64)], ids=lambda c: c.label)
 def test_compiled_layers_are_whole_graphs_shared_by_all_layers(monkeypatch, cell):
-    fa4 = _fake_fa4(monkeypatch)
+    fa4 = fake_fa4(monkeypatch)
     monkeypatch.setitem(train_peers.COMPILE, "backend", "aot_eager")
     model, batch = model_of(cell), model_shapes.make_batch(TINY, cell.modality, 1, cell.seq, CPU)
     truth = train.observe(model, batch)
-    before, counters = _state(model), torch._dynamo.utils.counters["stats"]
+    before, counters = state(model), torch._dynamo.utils.counters["stats"]
     torch.compiler.reset()
     made = counters["unique_graphs"]
     for _ in range(2):
         with train_peers.become(model, train.PEERS["hf+compile+fa4"]):
             errors = train.compare(train.observe(model, batch), truth)
         assert errors.verdict() == ("ok", ""), errors
-        assert set(fa4) == {"forward", "backward"} and _state(model) == before
+        assert set(fa4) == {"forward", "backward"} and state(model) == before
     # the loss, a text layer (its first has an input without a gradient where the embedding is frozen), a tower layer
     assert counters["unique_graphs"] - made == (2 if cell is TEXT else 4)
     torch.compiler.reset()
-
-
-# the check, and failures
 
 
 def _scaled_loss(model):
@@ -359,11 +215,6 @@ def _labels_off_by_one(model):
     return train_peers.attribute(unwrap(model), "_loss_function", shifted)
 
 
-def _without_rotary(model):
-    modeling = sys.modules[type(unwrap(model).model).__module__]
-    return train_peers.attribute(modeling, "apply_rotary_pos_emb", lambda q, k, *_: (q, k))
-
-
 def _one_gradient_lost(model):
     @contextmanager
     def part():
@@ -380,7 +231,7 @@ WRONG = {
     _halved_gradients: "grad_norm is 0.5",
     _infinite_loss: "loss is inf",
     _labels_off_by_one: "grad is",
-    _without_rotary: "grad is",
+    without_rotary: "grad is",
     _one_gradient_lost: "down_proj",
 }
 
@@ -394,28 +245,15 @@ def test_a_wrong_peer_is_called_wrong_and_has_no_time(monkeypatch, part):
     assert "WRONG" in train.show(row) and " ms" not in train.show(row)
 
 
-@contextmanager
-def _no_memory(model):
-    with train_peers.attribute(unwrap(model), "forward", _raise(torch.OutOfMemoryError("CUDA out of memory"))):
-        yield
-
-
-def _raise(error):
-    def function(*args, **kwargs):
-        raise error
-
-    return function
-
-
 def test_running_out_of_memory_is_a_row(monkeypatch):
-    monkeypatch.setitem(train.PEERS, "greedy", (_no_memory,))
+    monkeypatch.setitem(train.PEERS, "greedy", (no_memory,))
     rows = rows_of(monkeypatch, TEXT, peers=("greedy", "m3kernels"))
     assert rows["greedy"]["status"] == "oom" and "out of memory" in rows["greedy"]["reason"]
     assert rows["hf"]["status"] == rows["m3kernels"]["status"] == "ok"
 
 
 def test_where_hfs_logits_do_not_fit_the_others_are_compared_by_chunks(monkeypatch):
-    monkeypatch.setitem(train.PEERS, "hf", (_no_memory,))
+    monkeypatch.setitem(train.PEERS, "hf", (no_memory,))
     monkeypatch.setitem(train.PEERS, "wrong", (_labels_off_by_one,))
     rows = rows_of(monkeypatch, TEXT, peers=("m3kernels", "wrong"))
     assert rows["hf"]["status"] == "oom" and rows["hf"]["loss"] is None
@@ -433,7 +271,7 @@ def test_the_loss_by_chunks_is_hfs(monkeypatch):
 
 
 def test_without_anything_of_hfs_nobody_is_timed(monkeypatch):
-    monkeypatch.setitem(train.PEERS, "hf", (_raise(RuntimeError("broken")),))
+    monkeypatch.setitem(train.PEERS, "hf", (raising(RuntimeError("broken")),))
     rows = rows_of(monkeypatch, TEXT, peers=("m3kernels",))
     assert rows["hf"]["status"] == rows["m3kernels"]["status"] == "failed"
     assert "broken" in rows["m3kernels"]["reason"] and rows["m3kernels"]["ms"] is None
@@ -455,7 +293,7 @@ def test_a_failure_while_timing_is_a_row(monkeypatch):
 
 
 def test_a_model_that_does_not_fit_is_one_row_a_cell(monkeypatch):
-    monkeypatch.setattr(train, "build", _raise(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(train, "build", raising(torch.OutOfMemoryError("CUDA out of memory")))
     rows = rows_of(monkeypatch, TEXT)
     assert rows.keys() == {"all"} and rows["all"]["status"] == "oom"
 
@@ -472,65 +310,8 @@ def test_cells_are_told_apart_and_the_quick_ones_are_of_the_smallest_model():
     assert [c.label for c in train.cells_of(("3b",), False, "lora S8192")] == ["3b text lora S8192 recomputed"]
 
 
-# decoding
-
-
-DECODE = decode.Cell("tiny", 2, 20, new_tokens=12)
-
-
-def decoded(monkeypatch, **options) -> dict[str, dict]:
-    monkeypatch.setattr(decode, "CELLS", (DECODE,))
-    rows = [json.loads(json.dumps(r, allow_nan=False)) for r in decode.bench_decode(SlowGpu(), CEILINGS, size=("tiny",), **options)]
-    assert all(row["status"] in decode.show(row) for row in rows if row["ms_per_token"] is None)
-    return {row["peer"]: row for row in rows}
-
-
-def test_decoding_runs_and_what_is_not_compiled_is_not_called_compiled(monkeypatch):
-    rows = decoded(monkeypatch)
-    for peer in ("hf", "m3kernels"):
-        row = rows[peer]
-        assert row["status"] == "ok" and row["samples"] == 3 * (12 - 1 - decode.SETTLING), row
-        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms_per_token"]) and row["ttft_ms"] > 0
-        assert row["bytes_per_token"] == model_shapes.decode_bytes(TINY, 2, 26) and row["bandwidth_share"] > 0
-        assert row["logits_error"] <= decode.BOUND / 4 and row["argmax_agreement"] > 0.8 and row["peak_gib"] > 0
-    for peer in ("hf+compile", "m3kernels+compile"):
-        assert rows[peer]["status"] == "failed" and "did not compile on cpu" in rows[peer]["reason"]
-        assert rows[peer]["logits_error"] <= decode.BOUND / 4 and rows[peer]["ms_per_token"] is None
-
-
-def test_compiled_decoding_is_one_graph_and_leaves_no_trace(monkeypatch):
-    from transformers import CompileConfig
-
-    config = CompileConfig(mode="default", backend="aot_eager")
-    config._compile_all_devices = True
-    built = model_shapes.build(TINY, "text", CPU).eval()
-    monkeypatch.setattr(built, "generate", lambda *a, g=built.generate, **k: g(*a, compile_config=config, **k))
-    monkeypatch.setattr(decode, "build", lambda *_: built)
-    before = _state(built)
-    rows = decoded(monkeypatch, peers=("hf+compile", "m3kernels+compile"), quick=False)
-    for peer in ("hf+compile", "m3kernels+compile"):
-        assert rows[peer]["status"] == "ok" and rows[peer]["graphs"] == 1 and rows[peer]["cudagraph_skips"] == 0, rows[peer]
-    assert _state(built) == before
-
-
-def test_wrong_logits_are_called_wrong(monkeypatch):
-    monkeypatch.setitem(decode.PEERS, "wrong", decode.Peer((_without_rotary,)))
-    row = decoded(monkeypatch, peers=("wrong",))["wrong"]
-    assert row["status"] == "WRONG" and row["ms_per_token"] is None and row["logits_error"] > decode.BOUND
-
-
-def test_decoding_without_memory_or_time_is_a_row(monkeypatch):
-    monkeypatch.setitem(decode.PEERS, "greedy", decode.Peer((_no_memory,)))
-    assert decoded(monkeypatch, peers=("greedy",))["greedy"]["status"] == "oom"
-    assert decoded(monkeypatch, deadline=time.monotonic() - 1)["all"]["status"] == "skipped"
-    monkeypatch.setitem(decode.PEERS, "hf", decode.Peer((_no_memory,)))
-    rows = decoded(monkeypatch, peers=("m3kernels",))
-    assert rows["hf"]["status"] == "oom" and rows["m3kernels"]["status"] == "failed"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("bench", [train, decode])
-def test_without_a_gpu_it_says_what_it_needs(bench, tmp_path, capsys):
-    assert bench.main(["--quick", "--size", "3b", "--out", str(tmp_path / "out.jsonl")]) == 2
+def test_without_a_gpu_it_says_what_it_needs(tmp_path, capsys):
+    assert train.main(["--quick", "--size", "3b", "--out", str(tmp_path / "out.jsonl")]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
