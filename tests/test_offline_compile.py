@@ -26,7 +26,7 @@ MAY_SPILL = {
 rms = importlib.import_module("m3kernels.ops.rms_norm")
 swiglu = importlib.import_module("m3kernels.ops.swiglu")
 rotary = importlib.import_module("m3kernels.ops.rotary")
-loss = importlib.import_module("m3kernels.ops._cross_entropy_chunks")
+loss = importlib.import_module("m3kernels.ops._cross_entropy_kernels")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict) -> dict:
@@ -136,11 +136,12 @@ def test_rotary(q_heads, k_heads, dim, by_position, scaled, backward, dtype):
     ("gradient", "smoothing", "correct"), [(True, False, False), (True, True, True), (False, False, True)]
 )
 def test_cross_entropy(vocab, gradient, smoothing, correct):
-    kernel, config = loss.cross_entropy_kernel, loss.row_config(vocab, keeps_more=smoothing or correct)
+    kernel, config = loss.cross_entropy_kernel, loss.row_config(vocab)
     types = {n: "i32" for n in kernel.arg_names} | {"smoothing": "fp32", "z_loss": "fp32", "p_label": "*i64"}
     types |= {"p_logits": "*bf16"} | dict.fromkeys(("p_scale", "p_loss", "p_correct", "p_deferred", "p_rest"), "*fp32")
     constexprs = {
         "BLOCK": config.block,
+        "GROUP": loss.GROUP,
         "WRITES_GRADIENT": gradient,
         "HAS_SMOOTHING": smoothing,
         "HAS_Z_LOSS": smoothing,
@@ -156,7 +157,20 @@ def test_label_terms():
     types |= dict.fromkeys(("p_dweight", "p_hidden"), "*bf16") | dict.fromkeys(
         ("hidden_stride", "width", "vocab"), "i32"
     )
-    check(kernel, compile_sm90(kernel, 4, {"ROWS": 16, "BLOCK": 512}, types), 0)
+    check(kernel, compile_sm90(kernel, 4, {"ROWS": 4, "BLOCK": 1024}, types), 0)
+
+
+def test_label_summary():
+    kernel = loss.label_summary_kernel
+    types = {
+        "p_label": "*i64",
+        "p_valid": "*i1",
+        "p_inverse": "*fp32",
+        "n": "i32",
+        "vocab": "i32",
+        "ignore_index": "i32",
+    }
+    check(kernel, compile_sm90(kernel, 8, {"BLOCK": 4096}, types), 0)
 
 
 def test_the_check_fails_for_a_configuration_that_spills():

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3kernels.ops._common import fused_op, use_triton
-from m3kernels.ops._cross_entropy_chunks import Options, check_labels, run_rows_that_count, scaled
+from m3kernels.ops._cross_entropy_chunks import Options, check_labels, run_rows_that_count
+from m3kernels.ops._cross_entropy_kernels import label_summary, scaled
 
 # fp16 holds nothing below 6e-8: gradients stay scaled up, and unscaled in fp32 at the end
 FP16_SCALE = 1024.0
@@ -331,20 +332,31 @@ def linear_cross_entropy(
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     options = (ignore_index, label_smoothing, z_loss, return_token_accuracy)
     chunking = (accumulate, chunk_bytes or 0)
-    one = torch.ones((), dtype=torch.float32, device=hidden.device)
-    count = (flat != ignore_index).sum().clamp(min=1)
+    per_label = _inverse_count(flat, weight.shape[0], ignore_index).to(hidden.device)
     if reduction == "none":
         loss, hits = _linear_cross_entropy_per_row(rows, weight, flat, *options, *chunking)
         loss, hits = loss.view(labels.shape), hits.sum()
     else:
-        divisor = num_items_in_batch if num_items_in_batch is not None else count if reduction == "mean" else 1
-        if isinstance(divisor, Tensor):
-            # one value on the host divides without a synchronisation
-            divisor = divisor.reshape(()) if divisor.device.type == "cpu" else divisor.reshape(()).to(hidden.device)
-        scale = one / divisor
+        scale = per_label
+        if num_items_in_batch is not None or reduction == "sum":
+            scale = _inverse(1 if num_items_in_batch is None else num_items_in_batch, hidden.device)
         grads = torch.is_grad_enabled()
         needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
         loss, hits, _, _ = _linear_cross_entropy(rows, weight, flat, scale, *options, *needs, *chunking)
         # a count of shape (1,) makes a loss of shape (1,), as in transformers
         loss = loss.reshape(num_items_in_batch.shape) if isinstance(num_items_in_batch, Tensor) else loss
-    return (loss, hits * (one / count)) if return_token_accuracy else loss
+    return (loss, hits * per_label) if return_token_accuracy else loss
+
+
+def _inverse_count(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """1 / max(1, labels that are not ignored) in fp32, where the labels are."""
+    if labels.is_cuda and not torch.compiler.is_compiling():
+        return label_summary(labels, vocab, ignore_index)[1]
+    return 1.0 / (labels != ignore_index).sum().clamp(min=1).float()
+
+
+def _inverse(items: int | float | Tensor, device: torch.device) -> Tensor:
+    """1 / items in fp32 on ``device``; one value on the host divides without a synchronisation."""
+    if isinstance(items, Tensor):
+        items = items.reshape(()) if items.device.type == "cpu" else items.reshape(()).to(device)
+    return torch.ones((), dtype=torch.float32, device=device) / items

@@ -6,6 +6,7 @@ import torch
 from m3kernels.ops import _cross_entropy_chunks as chunks
 from m3kernels.ops import linear_cross_entropy, linear_cross_entropy_reference
 from m3kernels.ops._common import use_triton
+from m3kernels.ops._cross_entropy_kernels import label_summary
 from m3kernels.parity.core import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,3 +225,33 @@ def test_autocast_casts_as_a_linear_layer_does():
     loss.backward()
     assert loss.dtype == torch.float32 and weight.grad.dtype == torch.float32
     torch.testing.assert_close(loss, linear_cross_entropy_reference(hidden, weight, labels), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 8, 9, 700])
+def test_accuracy_takes_the_first_of_equal_logits_at_any_vocabulary(vocab):
+    """Small integers: most rows have several largest logits, inside a group of neighbours and across groups."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randint(-1, 2, (64, 4), generator=generator).to(DEVICE, torch.float32)
+    weight = torch.randint(-1, 2, (vocab, 4), generator=generator).to(DEVICE, torch.float32)
+    logits = hidden @ weight.t()
+    largest = logits == logits.max(-1, keepdim=True).values
+    first = torch.where(largest, torch.arange(vocab, device=DEVICE), vocab).min(-1).values
+    last = torch.where(largest, torch.arange(vocab, device=DEVICE), -1).max(-1).values
+    assert vocab < 3 or (first != last).any()
+    loss, accuracy = linear_cross_entropy(hidden, weight, first, return_token_accuracy=True)
+    assert accuracy == 1
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(hidden, weight, first), rtol=1e-5, atol=1e-6)
+    _, accuracy = linear_cross_entropy(hidden, weight, last, return_token_accuracy=True)
+    torch.testing.assert_close(accuracy, (first == last).float().mean())
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 5000])
+@pytest.mark.parametrize("wrong", [None, -1, -101, 50])
+def test_label_summary(count, wrong):
+    labels = torch.arange(count, device=DEVICE) % 50
+    labels[::3] = -100
+    if wrong is not None and count:
+        labels[-1] = wrong
+    valid, inverse = label_summary(labels, 50, -100)
+    assert valid.item() == (wrong is None or not count)
+    assert inverse.item() == pytest.approx(1 / max(1, (labels != -100).sum().item()), rel=1e-6)
