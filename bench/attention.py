@@ -80,8 +80,10 @@ def sdpa(backend: SDPBackend):
 
 
 def flex(shape: Shape, given: Tensors):
+    import torch._functorch.config as functorch_config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    functorch_config.donated_buffer = False  # the backward is timed alone, many times on one forward
     seq = shape["seq"]
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seq, seq, device=given["q"].device)
     attend = torch.compile(flex_attention, dynamic=False)

@@ -206,11 +206,10 @@ def time_rows(rows: dict, ready: dict[str, measure.Trial], op: Op, gpu: measure.
             stats, host_us = timed
             rows[name] |= {"python_ms": stats.median, "python_p20": stats.p20, "python_p80": stats.p80}
             rows[name] |= {"host_us": host_us, "python_samples": stats.samples}
-    if not op.graph:
-        for name in ready:
-            rows[name]["graph_reason"] = "not tried: milliseconds of GEMM a call, and Liger and CCE synchronise inside"
-        return
-    for name, stats in gpu.time_graphs(ready, budget).items():
+    captured = {name: trial for name, trial in ready.items() if name not in op.no_graph}
+    for name in ready.keys() - captured.keys():
+        rows[name]["graph_reason"] = "not tried: it synchronises inside a call"
+    for name, stats in gpu.time_graphs(captured, budget).items():
         if isinstance(stats, str):
             rows[name]["graph_reason"] = stats
         else:

@@ -28,9 +28,8 @@ def _host(args, gpu: measure.Gpu, ceilings: dict, deadline: float) -> Iterator[d
 def _end_to_end(bench: Callable[..., Iterator[dict]]) -> Callable[..., Iterator[dict]]:
     def rows(args, gpu: measure.Gpu, ceilings: dict, deadline: float) -> Iterator[dict]:
         with torch.cuda.stream(gpu.stream):
-            yield from bench(
-                gpu, ceilings, size=tuple(args.size), quick=args.quick, peers=args.peers, deadline=deadline
-            )
+            chosen = {"size": tuple(args.size), "quick": args.quick, "peers": args.peers, "only": args.only}
+            yield from bench(gpu, ceilings, deadline=deadline, **chosen)
 
     return rows
 
@@ -53,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
     add("--peers", nargs="+", choices=known, metavar="PEER", help=f"only these beside eager: {', '.join(known)}")
     if {"train", "decode"} & set(suites):
         add("--size", nargs="+", choices=SIZES, default=["3b", "8b"], help="default: 3b 8b")
+        add("--only", default="", metavar="TEXT", help='train and decode cells with this in their label ("text lora")')
     add("--quick", action="store_true", help="fewer shapes and repeats: all suites in under 10 minutes on an H100")
     add("--out", type=Path, metavar="FILE", help="default: bench/results/<gpu>/<date>-<commit>.jsonl")
     add("--seconds", type=float, default=3600.0, help="start no further case after this long (default: 3600)")
@@ -76,7 +76,7 @@ def run(suites: list[str], args: argparse.Namespace) -> int:
     print(f"{head['gpu']}, torch {head['versions']['torch']}, triton {head['versions']['triton']}, {head['peers']}")
     for suite in suites:
         rows, show = RUNNERS[suite]
-        for row in rows(args, gpu, ceilings, begun + args.seconds):
+        for row in with_bar(rows(args, gpu, ceilings, begun + args.seconds), suite):
             writer.add(row)
             print(f"{time.monotonic() - begun:4.0f} s  {show(row)}", flush=True)
         torch.cuda.empty_cache()
@@ -84,6 +84,30 @@ def run(suites: list[str], args: argparse.Namespace) -> int:
     print(targets.table(writer.rows, head))
     print(f"wrote {writer.path} in {time.monotonic() - begun:.0f} s")
     return 0
+
+
+def with_bar(rows: Iterator[dict], suite: str) -> Iterator[dict]:
+    """The rows, above a running bar on a terminal where rich is installed; how many there will be is not known before."""
+    if not sys.stdout.isatty():
+        yield from rows
+        return
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield from rows
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(suite, total=None)
+        for row in rows:
+            yield row
+            bar.advance(task)
 
 
 def main_of(suite: str, argv: list[str] | None = None) -> int:

@@ -29,7 +29,8 @@ class Op:
 
     ``outputs`` maps an output's name to the input whose shape, dtype and layout its gradient gets, or to the names of its
     dimensions in the shape (bf16 then; None: a scalar loss, whose gradient is 1). ``wrt`` names the inputs that are
-    differentiated; gradients are called ``d<input>``.
+    differentiated; gradients are called ``d<input>``. ``no_graph`` names peers that synchronise inside a call, which no CUDA
+    graph can hold.
     """
 
     inputs: Callable[[Shape, torch.device, torch.Generator], Tensors]
@@ -38,7 +39,7 @@ class Op:
     reference: Callable[[Shape, Tensors, Tensors], Tensors]
     cost: Callable[[Shape, str], Cost]
     directions: tuple[str, ...] = ("forward", "backward", BOTH)
-    graph: bool = True
+    no_graph: tuple[str, ...] = ()
     report_memory: bool = False
 
 

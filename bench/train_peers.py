@@ -285,7 +285,7 @@ PEERS: dict[str, tuple[Part, ...]] = {
 }
 # without FA4, compiling with the model's own attention stands in for compiling with it; the whole forward is for asking
 ON_REQUEST = ("hf+compile", "hf+compile-whole+fa4")
-QUICK = ("hf", "hf+liger", "hf+compile+fa4", OURS)
+QUICK = ("hf", "hf+liger", "hf+compile+fa4", OURS, f"{OURS}+fa4")
 
 
 def default_peers(quick: bool) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-gradients", action="store_true", help="with --model: compare outputs only, needs less memory"
     )
+    parser.add_argument("--op", nargs="+", metavar="OP", help="these ops only, and no model (rms_norm, swiglu, ...)")
     parser.add_argument("--small", action="store_true", help="small shapes only")
 
 
@@ -33,9 +34,14 @@ def _op_rows(args: argparse.Namespace, device: str, progress) -> list:
     from m3kernels.parity.ops import CASES, measure
 
     real = device == "cuda" and not args.small
+    cases = [case for case in CASES if not args.op or case.name.split()[0] in args.op]
+    unknown = set(args.op or ()) - {case.name.split()[0] for case in CASES}
+    if unknown:
+        known = ", ".join(dict.fromkeys(case.name.split()[0] for case in CASES))
+        raise SystemExit(f"m3kernels check: no op {', '.join(sorted(unknown))}; allowed: {known}")
     jobs = [
         (case, shape, dtype)
-        for case in CASES
+        for case in cases
         for dtype in _dtypes(args, device)
         for shape in case.small + (case.real if real else ())
     ]
@@ -91,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     runs_kernels = use_triton("check", "auto", torch.empty(1, device=device))
     progress = _progress()
-    rows = _op_rows(args, device, progress) + _tiny_model_rows(args, device, progress)
+    rows = _op_rows(args, device, progress)
+    if not args.op:
+        rows += _tiny_model_rows(args, device, progress)
     if args.model:
         rows += _own_model_rows(args, device)
     print(table(rows))

@@ -16,8 +16,11 @@ class KernelLaunchError(RuntimeError):
     """A Triton kernel failed to compile or to launch; the message names the op and the shapes."""
 
 
-def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
+def use_triton(op: str, backend: str, *tensors: Tensor, inductor_fuses: bool = False) -> bool:
     """Whether a call takes the kernel. ``auto`` does on CUDA/ROCm (anywhere under ``TRITON_INTERPRET=1``) in fp32, bf16, fp16.
+
+    With ``inductor_fuses`` it does not while ``torch.compile`` traces inference: Inductor fuses the plain PyTorch form with
+    its neighbours, which a kernel of its own, opaque to it, prevents (decoding a token: docs/performance.md).
 
     Raises:
         ValueError: unknown backend, tensors on different devices, or ``triton`` asked for where it cannot run.
@@ -37,6 +40,8 @@ def use_triton(op: str, backend: str, *tensors: Tensor) -> bool:
         if type(t).__name__ == "DTensor":
             raise TypeError(f"{op}: DTensor is not supported; pass the local shard (tensor.to_local())")
     if backend == "reference":
+        return False
+    if backend == "auto" and inductor_fuses and torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return False
     why_not = why_no_triton(device.type) or next(
         (f"{t.dtype} is not one of fp32, bf16, fp16" for t in tensors if t.dtype not in TRITON_DTYPES), ""

@@ -368,7 +368,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
         ValueError: shapes that do not fit, a width over 65,536, tensors on different devices.
         TypeError: tensors that are not floating point, or DTensors.
     """
-    triton_runs = use_triton("rms_norm", backend, x, weight)
+    triton_runs = use_triton("rms_norm", backend, x, weight, inductor_fuses=True)
     _check("rms_norm", x, weight, widest=MAX_WIDTH if triton_runs else None)
     if not triton_runs:
         return rms_norm_reference(x, weight, eps)
@@ -394,7 +394,7 @@ def add_rms_norm(
         raise ValueError(
             f"add_rms_norm: x and residual must have one shape, got {tuple(x.shape)} and {tuple(residual.shape)}"
         )
-    triton_runs = use_triton("add_rms_norm", backend, x, residual, weight)
+    triton_runs = use_triton("add_rms_norm", backend, x, residual, weight, inductor_fuses=True)
     _check("add_rms_norm", x, weight, widest=MAX_WIDTH if triton_runs else None)
     if not triton_runs:
         return add_rms_norm_reference(x, residual, weight, eps)

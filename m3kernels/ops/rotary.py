@@ -364,7 +364,7 @@ def rotary(
         )
     if llama4 is not None and (llama4[1] != int(llama4[1]) or llama4[1] < 1):
         raise ValueError(f"rotary: llama4 is (beta, original_max >= 1), got {llama4}")
-    runs = use_triton("rotary", backend, q, k, cos, sin)
+    runs = use_triton("rotary", backend, q, k, cos, sin, inductor_fuses=True)
     if positions.device != q.device:
         raise ValueError(f"rotary: positions are on {positions.device}, q on {q.device}; move them together")
     if by_position:
@@ -408,6 +408,6 @@ def rotary_2d(
             f"rotary_2d: cos_sin_table must be {tuple(q.shape[2:])} or a pair of such, "
             f"got halves {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
-    if not use_triton("rotary_2d", backend, q, k, cos, sin):
+    if not use_triton("rotary_2d", backend, q, k, cos, sin, inductor_fuses=True):
         return rotary_2d_reference(q, k, (cos, sin))
     return _rotary(q, k, cos, sin, None, 0.0, 0)

@@ -162,6 +162,6 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
             f"got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         )
     tensors = (gate,) if up is None else (gate, up)
-    if not use_triton("swiglu", backend, *tensors):
+    if not use_triton("swiglu", backend, *tensors, inductor_fuses=True):
         return swiglu_reference(gate, up)
     return _swiglu(gate, up)
