@@ -106,7 +106,7 @@ def _add_label_terms(dweight: Tensor, hidden: Tensor, labels: Tensor, deferred: 
         hidden.stride(0),
         width,
         dweight.shape[0],
-        ROWS=4,
+        ROWS=8,
         BLOCK=block,
         num_warps=4,
     )
@@ -139,7 +139,7 @@ def run_chunks(
     if rows == 0:
         return losses, correct, dhidden, dweight.zero_()
     buffer = hidden.new_empty((step, vocab))
-    config = row_config(vocab)
+    config = row_config(vocab, options.wants_correct)
     with _fp32_reductions():
         for start in range(0, rows, step):
             here = slice(start, min(start + step, rows))
