@@ -9,7 +9,6 @@ from torch import Tensor
 
 from m3kernels.ops._common import cdiv, launch, next_power_of_2
 from m3kernels.ops._cross_entropy_kernels import (
-    GROUP,
     add_label_terms_kernel,
     cross_entropy_kernel,
     label_summary,
@@ -139,7 +138,7 @@ def run_chunks(
     if rows == 0:
         return losses, correct, dhidden, dweight.zero_()
     buffer = hidden.new_empty((step, vocab))
-    config = row_config(vocab, options.wants_correct)
+    config = row_config(vocab, options.wants_correct or options.smoothing != 0.0)
     with _fp32_reductions():
         for start in range(0, rows, step):
             here = slice(start, min(start + step, rows))
@@ -163,7 +162,6 @@ def run_chunks(
                 options.smoothing,
                 options.z_loss,
                 BLOCK=config.block,
-                GROUP=GROUP,
                 WRITES_GRADIENT=options.needs_dhidden or options.needs_dweight,
                 HAS_SMOOTHING=options.smoothing != 0.0,
                 HAS_Z_LOSS=options.z_loss != 0.0,

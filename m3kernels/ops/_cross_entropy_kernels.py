@@ -8,9 +8,6 @@ from torch import Tensor
 from m3kernels.ops._common import cdiv, launch, next_power_of_2, sm_count
 from m3kernels.ops._triton import tl, triton
 
-# neighbouring logits that share a running maximum: what one 16-byte load of bf16 brings
-GROUP = 8
-
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -20,12 +17,12 @@ class RowConfig:
     warps: int
 
 
-def row_config(vocab: int, wants_correct: bool = False) -> RowConfig:
-    """65,536 columns and 32 warps were the best of 8 at a vocabulary of 131,072 (H100): one program an SM, many loads in flight.
+def row_config(vocab: int, keeps_more: bool = False) -> RowConfig:
+    """16,384 columns and 32 warps were the best of 14 at a vocabulary of 131,072 (H200).
 
-    With accuracy a group also keeps where its maximum is: fewer columns, or registers spill.
+    With smoothing or accuracy each lane keeps more than a maximum and a sum: half the columns, or registers spill.
     """
-    block = min(16_384 if wants_correct else 65_536, max(GROUP, next_power_of_2(vocab)))
+    block = min(8192 if keeps_more else 16_384, next_power_of_2(vocab))
     return RowConfig(block, warps=min(32, max(4, block // 512)))
 
 
@@ -45,7 +42,6 @@ def cross_entropy_kernel(
     smoothing,
     z_loss,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
     WRITES_GRADIENT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
@@ -67,25 +63,20 @@ def cross_entropy_kernel(
             for start in range(0, vocab, BLOCK):
                 tl.store(p_row + start + o_lane, tl.zeros([BLOCK], p_logits.dtype.element_ty), start + o_lane < vocab)
     else:
-        # each group of neighbours keeps its own running maximum: nothing crosses threads inside the loop, and a group
-        # pays one exponential for all that came before
-        b_max = tl.full([BLOCK // GROUP], -1e30, tl.float32)
-        b_sum = tl.zeros([BLOCK // GROUP], tl.float32)
-        b_total = tl.zeros([BLOCK // GROUP], tl.float32)
-        b_argmax = tl.zeros([BLOCK // GROUP], tl.int32)
+        # each lane keeps its own running maximum: no reduction across threads inside the loop
+        b_max = tl.full([BLOCK], -1e30, tl.float32)
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        b_total = tl.zeros([BLOCK], tl.float32)
+        b_argmax = tl.zeros([BLOCK], tl.int32)
         for start in range(0, vocab, BLOCK):
             o_col = start + o_lane
             x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
-            x = tl.reshape(x, [BLOCK // GROUP, GROUP])
-            b_new = tl.maximum(b_max, tl.max(x, axis=1))
-            b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.sum(tl.exp2((x - b_new[:, None]) * LOG2E), axis=1)
+            b_new = tl.maximum(b_max, x)
+            b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.exp2((x - b_new) * LOG2E)
             if WANTS_CORRECT:
-                here = tl.min(
-                    tl.where(x == b_new[:, None], tl.reshape(o_col, [BLOCK // GROUP, GROUP]), 2147483647), axis=1
-                )
-                b_argmax = tl.where(b_new > b_max, here, b_argmax)
+                b_argmax = tl.where(x > b_max, o_col, b_argmax)
             if HAS_SMOOTHING:
-                b_total += tl.sum(tl.where(tl.reshape(o_col < vocab, [BLOCK // GROUP, GROUP]), x, 0.0), axis=1)
+                b_total += tl.where(o_col < vocab, x, 0.0)
             b_max = b_new
         top = tl.max(b_max, axis=0)
         # top and the sum stay apart: an lse of both would be rounded at top's magnitude, an error of all its row
@@ -114,10 +105,8 @@ def cross_entropy_kernel(
                 softmax_label = factor * tl.exp2((x_label - top) * LOG2E)
                 deferred = tl.where(softmax_label < 0.5 * (1.0 - smooth), (1.0 - smooth) * scale, 0.0)
                 rest = (softmax_label - smooth / vocab) * scale
-            # from the end of the row to its beginning: what was read last is still in the L2 cache
-            last = (vocab - 1) // BLOCK * BLOCK
-            for back in range(0, vocab, BLOCK):
-                o_col = last - back + o_lane
+            for start in range(0, vocab, BLOCK):
+                o_col = start + o_lane
                 x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
                 # the true class is subtracted in fp32, before the one rounding
                 d = factor * tl.exp2((x - top) * LOG2E) - tl.where(o_col == label, 1.0 - smooth, 0.0)
