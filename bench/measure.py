@@ -85,7 +85,7 @@ class Gpu:
         for name, trial in trials.items():
             try:
                 estimate = min(self.python_sample(trial)[0] for _ in range(3))
-                samples[name] = [budget.calls_a_round(estimate + 0.3, 2, 15)]
+                samples[name] = [budget.calls_a_round(estimate + 0.3, 5, 15)]
             except Exception as error:  # a peer's failure is a result, not the end of the run
                 failed[name] = reason(error)
         calls = {name: s.pop() for name, s in samples.items() if s}
@@ -139,7 +139,7 @@ class Gpu:
                 graphs[name] = self.capture(trial, calls=8 if estimate < 3 else 3)
                 first = self.graph_samples(*graphs[name], trial)
                 # what a replay costs is its ops and, for each, the flush and prepare beside it
-                replays = budget.calls_a_round((statistics.median(first) + 0.3) * len(first), 1, 6)
+                replays = budget.calls_a_round((statistics.median(first) + 0.3) * len(first), 2, 6)
                 samples[name] = (replays, [])
             except Exception as error:  # a peer's failure is a result, not the end of the run
                 graphs.pop(name, None)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from m3kernels.bench import gate, measure, peers
+from m3kernels.bench import rows as result_rows
 from m3kernels.bench.cases import CASES, OPS, one_gemm_dweight
 from m3kernels.bench.spec import BOTH, Case, Op, Shape, Tensors
-from m3kernels.bench.targets import time_of
 
 SEED = 20260801
 FULL = measure.Budget(seconds=0.25, rounds=5)
@@ -180,9 +180,8 @@ def bench_case(case: Case, gpu: measure.Gpu, budget: measure.Budget, ceilings: d
         cost = op.cost(case.shape, direction)
         limit = cost.limit_ms(ceilings["copy_bytes_s"], ceilings["gemm_flops_s"][GEMM_CEILING])
         for row in rows.values():
-            best = time_of(row)
             row |= {"bytes": cost.bytes, "flops": cost.flops, "limit_ms": limit}
-            row["percent_of_limit"] = None if best is None else 100 * limit / best
+            row["percent_of_limit"] = result_rows.share_of_limit(row)
             yield row
         del ready
         torch.cuda.empty_cache()
@@ -241,7 +240,7 @@ def show(row: dict) -> str:
         return f"{row['op']} {row['label']} broke: {row['reason']}"
     name = f"{row['op']} {row['label']} {row['direction']}"
     head = f"{name:<66} {row['peer']:<14}"
-    if time_of(row) is None:
+    if result_rows.op_time(row) is None:
         return f"{head} {row['status']}: {row['reason']}"
     graph = "graph      –    " if row["graph_ms"] is None else f"graph {row['graph_ms']:8.4f} ms"
     line = f"{head} {graph}  python {row['python_ms']:8.4f} ms  host {row['host_us']:5.0f} us"

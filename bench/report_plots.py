@@ -7,7 +7,7 @@ from m3kernels.bench.cases import OPS
 from m3kernels.bench.report_draw import Bars, Dots, Entry, Lines, Panel
 from m3kernels.bench.report_e2e import cell_title
 from m3kernels.bench.report_tables import apart, op_groups, op_name, title, with_direction
-from m3kernels.bench.rows import Group, baseline, groups, number, peak_gib, time_of
+from m3kernels.bench.rows import Group, baseline, groups, number, peak_gib, share_of_limit, time_of
 from m3kernels.bench.spec import BOTH
 
 # ops whose shapes differ by how much they move or compute, in this order
@@ -108,7 +108,7 @@ def op_scaling(rows: list[dict]) -> list[Panel]:
     for (op, direction), by_label in found.items():
         labels = sorted(by_label, key=lambda label: _limit(by_label[label]))
         if len(labels) > 1:
-            series = _series([by_label[label] for label in labels], lambda row: row.get("percent_of_limit"))
+            series = _series([by_label[label] for label in labels], share_of_limit)
             panels.append(Lines(f"{op_name(op)}, {direction}", "% of the measured limit", labels, series))
     return panels
 

@@ -3,7 +3,19 @@
 from m3kernels.bench.cases import CASES, OPS
 from m3kernels.bench.ops import GEMM_CEILING
 from m3kernels.bench.peers import OURS, TITLES
-from m3kernels.bench.rows import Group, Source, Time, fastest, groups, is_ours, number, op_time, peer_title, time_of
+from m3kernels.bench.rows import (
+    Group,
+    Source,
+    Time,
+    fastest,
+    groups,
+    is_ours,
+    number,
+    op_time,
+    peer_title,
+    share_of_limit,
+    time_of,
+)
 from m3kernels.bench.spec import BOTH
 
 COLUMNS = ("eager", "torch.compile", "liger")
@@ -103,7 +115,8 @@ def other_cell(group: Group, best: dict | None, columns: tuple[str, ...] = COLUM
 
 
 def share(row: dict | None) -> str:
-    return "–" if row is None or row.get("percent_of_limit") is None else f"{row['percent_of_limit']:.0f} %"
+    percent = None if row is None else share_of_limit(row)
+    return "–" if percent is None else f"{percent:.0f} %"
 
 
 def times(key: Key, group: Group) -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3kernels.bench import results
+from m3kernels.bench.cases import OPS
 from m3kernels.bench.peers import OURS, TITLES
 
 # kind of row: the fields that name a cell; with the peer they name a row
@@ -114,7 +115,11 @@ def peer_title(peer: str) -> str:
 
 
 def op_time(row: dict, python: bool = False) -> Time | None:
-    """Device time where it was captured, else (or if asked) the time from Python."""
+    """Device time where it was captured, else (or if asked) the time from Python.
+
+    From Python for all peers of an op that some of them synchronise in: one line of a table compares one clock.
+    """
+    python = python or bool(row["op"] in OPS and OPS[row["op"]].no_graph)
     column = "python" if python or row.get("graph_ms") is None else "graph"
     if row["status"] not in TIMED or row.get(f"{column}_ms") is None:
         return None
@@ -129,6 +134,12 @@ def time_of(row: dict) -> Time | None:
     if row["status"] not in TIMED or row.get(column) is None:
         return None
     return Time(row[column], row.get("p20"), row.get("p80"), unit, column)
+
+
+def share_of_limit(row: dict) -> float | None:
+    """Per cent of the op's limit at the run's ceilings."""
+    time = op_time(row)
+    return None if time is None or row.get("limit_ms") is None else 100 * row["limit_ms"] / time.median
 
 
 def peak_gib(row: dict) -> float | None:

@@ -187,11 +187,6 @@ class Verdict:
         return [term for term, check in self.checks.items() if check.holds(getattr(check, which)) is answer]
 
 
-def time_of(row: dict) -> float | None:
-    """Milliseconds that an op's row is compared by: device time where it was captured, else from Python."""
-    return row["graph_ms"] if row["graph_ms"] is not None else row["python_ms"]
-
-
 def judge(target: Target, rows: list[dict], ours: str = OURS, head: dict | None = None) -> Verdict | None:
     """A verdict from a run's rows, None where ours was not run.
 
