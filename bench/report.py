@@ -17,6 +17,8 @@ from m3kernels.bench.report_targets import targets_table
 from m3kernels.bench.rows import Source, sources
 
 ROOT = Path(__file__).resolve().parents[1]
+# where the package is installed without its tree
+ELSEWHERE = Path("bench-report")
 # not bench:ops, as it was: training and decoding stand between them too
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 COMMAND = "m3kernels bench report"
@@ -109,14 +111,22 @@ def insert(readme: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
+def place() -> Path:
+    """The source tree; ``./bench-report``, without a README, where there is none."""
+    return ROOT if results.in_tree() else ELSEWHERE
+
+
 def texts(found: dict[str, Source]) -> dict[Path, str]:
     """What each generated text file must hold.
 
     Raises:
         OSError, ValueError: README.md cannot be read or has no markers.
     """
-    readme = ROOT / "README.md"
-    return {readme: insert(readme.read_text(), readme_section(found)), ROOT / "docs" / "benchmarks.md": page(found)}
+    found_texts = {place() / "docs" / "benchmarks.md": page(found)}
+    if place() == ROOT:
+        readme = ROOT / "README.md"
+        found_texts = {readme: insert(readme.read_text(), readme_section(found))} | found_texts
+    return found_texts
 
 
 def differences(found: dict[str, Source]) -> list[str]:
@@ -124,24 +134,24 @@ def differences(found: dict[str, Source]) -> list[str]:
     lines = []
     for path, text in texts(found).items():
         if not path.is_file() or path.read_text() != text:
-            lines.append(f"{path.relative_to(ROOT)} is not what the result files give")
+            lines.append(f"{path.relative_to(place())} is not what the result files give")
     pictures = wanted(found)
     for path, plot in pictures.items():
         if not path.is_file():
-            lines.append(f"{path.relative_to(ROOT)} is missing")
+            lines.append(f"{path.relative_to(place())} is missing")
         elif report_draw.stamp(found[plot.suite]) not in path.read_text():
-            lines.append(f"{path.relative_to(ROOT)} shows other results than {found[plot.suite].name}")
-    return lines + [f"{path.relative_to(ROOT)} belongs to no plot" for path in stray(pictures)]
+            lines.append(f"{path.relative_to(place())} shows other results than {found[plot.suite].name}")
+    return lines + [f"{path.relative_to(place())} belongs to no plot" for path in stray(pictures)]
 
 
 def wanted(found: dict[str, Source]) -> dict[Path, report_plots.Plot]:
     """The pictures that there are rows for."""
     plots = [plot for plot in report_plots.PLOTS if plot.suite in found and plot.panels(found[plot.suite].rows)]
-    return {ROOT / "docs" / "bench" / f"{plot.name}.svg": plot for plot in plots}
+    return {place() / "docs" / "bench" / f"{plot.name}.svg": plot for plot in plots}
 
 
 def stray(pictures: dict[Path, report_plots.Plot]) -> list[Path]:
-    return sorted(path for path in (ROOT / "docs" / "bench").glob("*.svg") if path not in pictures)
+    return sorted(path for path in (place() / "docs" / "bench").glob("*.svg") if path not in pictures)
 
 
 def write(found: dict[str, Source]) -> None:
@@ -187,8 +197,12 @@ def main(argv: list[str] | None = None) -> int:
                 print("\n".join([*lines, f"run {COMMAND}"]), file=sys.stderr)
             return int(bool(lines))
         write(found)
+        if place() == ELSEWHERE:
+            print(f"wrote {ELSEWHERE / 'docs'} (in a clone it would be docs/ and README.md)")
     except ImportError:
-        print(f"matplotlib is not installed: the plots under {ROOT / 'docs' / 'bench'} were not drawn", file=sys.stderr)
+        print(
+            f"matplotlib is not installed: the plots under {place() / 'docs' / 'bench'} were not drawn", file=sys.stderr
+        )
     except (OSError, ValueError) as error:
         print(f"{COMMAND}: {error}", file=sys.stderr)
         return 2

@@ -66,12 +66,21 @@ def _output(*command: str) -> str:
         return ""
 
 
+def in_tree() -> bool:
+    """Whether this is a clone (or an editable install of one), with README.md and docs/ beside bench/."""
+    return (RESULTS.parents[1] / "pyproject.toml").is_file()
+
+
 def default_path(head: dict) -> Path:
-    """Where a run's file goes by default; a file of one suite never overwrites one of all."""
+    """Where a run's file goes by default: the store, ``./bench-results`` where the package is installed without its tree.
+
+    A file of one suite never overwrites one of all.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", head["gpu"].lower()).strip("-")
     suites = head["suites"]
     suffix = "" if set(suites) == set(SUITES) else "-" + "-".join(suites)
-    return RESULTS / slug / f"{head['date'][:10]}-{head['commit']}{suffix}.jsonl"
+    store = RESULTS if in_tree() else Path("bench-results")
+    return store / slug / f"{head['date'][:10]}-{head['commit']}{suffix}.jsonl"
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
