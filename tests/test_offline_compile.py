@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+import torch
 
 from m3kernels.ops._triton import HAS_TRITON, INTERPRET
 
@@ -21,15 +22,17 @@ MAY_SPILL = {
     ("rms_norm_bwd_kernel", 16_384): 1600,
     ("rms_norm_bwd_kernel", 32_768): 1600,
     ("rms_norm_bwd_kernel", 65_536): 2600,
+    ("attention_bwd_dkdv_kernel", 80): 16,
 }
 
 rms = importlib.import_module("m3kernels.ops.rms_norm")
 swiglu = importlib.import_module("m3kernels.ops.swiglu")
 rotary = importlib.import_module("m3kernels.ops.rotary")
 loss = importlib.import_module("m3kernels.ops._cross_entropy_kernels")
+attention = importlib.import_module("m3kernels.ops.attention")
 
 
-def compile_sm90(kernel, warps: int, constexprs: dict, types: dict) -> dict:
+def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
     """Registers, spills and shared memory of one configuration; pointers and strides declared 16-aligned, as launched."""
     import triton
     from triton import knobs
@@ -49,12 +52,15 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict) -> dict:
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True  # a cached kernel comes back without the assembler's log
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     text = log.getvalue()
     return {
         "shared": compiled.metadata.shared,
         "registers": max(map(int, re.findall(r"Used (\d+) registers", text))),
         "spilled": max(map(int, re.findall(r"(\d+) bytes spill stores", text)), default=0),
+        "serialised": re.findall(r"\((C75\d+)\)", text),
+        "ttgir": compiled.asm["ttgir"],
         "ptx": compiled.asm["ptx"],
     }
 
@@ -170,6 +176,41 @@ def test_label_summary():
         "ignore_index": "i32",
     }
     check(kernel, compile_sm90(kernel, 8, {"BLOCK": 4096}, types), 0)
+
+
+def attention_types(kernel, constexprs: dict) -> dict:
+    types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names if n not in constexprs}
+    types |= dict.fromkeys(("p_lse", "p_delta"), "*fp32") | dict.fromkeys(("p_cu_q", "p_cu_k"), "*i32")
+    return types | {"scale": "fp32"}
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(
+    ("causal", "window", "packed"), [(True, False, False), (False, False, True), (True, True, True)]
+)
+@pytest.mark.parametrize("name", ["fwd", "bwd_dkdv", "bwd_dq"])
+def test_attention(name, dim, causal, window, packed):
+    kernel = getattr(attention, f"attention_{name}_kernel")
+    tables = {"fwd": attention.FORWARD, "bwd_dkdv": attention.DKDV, "bwd_dq": attention.DQ}
+    config = attention.tile_config(tables[name], dim, torch.bfloat16)
+    constexprs = {
+        "GROUP": 4,
+        "DIM": dim,
+        "BLOCK_DIM": rms.next_power_of_2(dim),
+        "BLOCK_Q": config.queries,
+        "BLOCK_K": config.keys,
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "PACKED": packed,
+        "PRECISION": "tf32",
+    }
+    report = compile_sm90(kernel, config.warps, constexprs, attention_types(kernel, constexprs), config.stages)
+    check(kernel, report, dim)
+    # C7511, C7512, C7515: the assembler made the tensor cores wait for each product
+    assert not report["serialised"]
+    # Triton 3.4 to 3.7.0 stores a transposed product wrongly
+    assert "#linear" not in "".join(re.findall(r"ttg\.local_alloc.*", report["ttgir"]))
+    assert ("wgmma.mma_async" in report["ptx"]) == ((name, dim) != ("bwd_dq", 256)), "tiles of 32 queries take mma.sync"
 
 
 def test_the_check_fails_for_a_configuration_that_spills():
