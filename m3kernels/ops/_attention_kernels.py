@@ -3,7 +3,8 @@
 Shapes: B sequences, H query heads, G key/value heads (H a multiple of G), S queries, T keys, D head_dim. Tensors are
 (B, H, S, D) views of any strides with a dense last dimension; packed ones are (1, H, sum of S, D) with ``cu_seqlens``.
 
-Scores are kept in base 2: ``exp2`` is one instruction, and the softmax scale takes the factor log2(e) with it, in fp32.
+Scores are kept in base 2: ``exp2`` is one instruction, and the softmax scale takes the factor log2(e) with it, in fp32. So is
+the log-sum-exp that the backward reads: in base e it would be rounded once more, at its magnitude.
 Nowhere is a matrix product's result transposed and multiplied again: Triton 3.4 to 3.7.0 miscompiles that for Hopper. dK and dV
 are accumulated transposed instead, (D, keys), and stored so.
 """
@@ -11,7 +12,6 @@ are accumulated transposed instead, (D, keys), and stored so.
 from m3kernels.ops._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def attention_fwd_kernel(
 
         empty = b_sum == 0.0
         b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
-        lse = tl.where(empty, -float("inf"), (b_top + tl.math.log2(tl.where(empty, 1.0, b_sum))) * LN2)
+        lse = tl.where(empty, -float("inf"), b_top + tl.math.log2(tl.where(empty, 1.0, b_sum)))
         p_out += at * out_batch_stride + head.to(tl.int64) * out_head_stride + q_first * out_seq_stride
         mask = (o_q < q_len)[:, None] & (o_dim < DIM)[None, :]
         rows = o_q.to(tl.int64)[:, None] * out_seq_stride
@@ -229,7 +229,7 @@ def attention_bwd_dkdv_kernel(
                 o_q = start_q + tl.arange(0, BLOCK_Q)
                 b_q = _load_rows(p_q_head, o_q, q_len, q_seq_stride, o_dim, DIM)
                 b_dout = _load_rows(p_dout_head, o_q, q_len, dout_seq_stride, o_dim, DIM)
-                lse = tl.load(p_lse + o_lse + o_q, mask=o_q < q_len, other=0.0) * LOG2E
+                lse = tl.load(p_lse + o_lse + o_q, mask=o_q < q_len, other=0.0)
                 delta = tl.load(p_delta + o_lse + o_q, mask=o_q < q_len, other=0.0)
                 scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
                 seen = _visible(o_q[:, None], o_k[None, :], q_len, k_len, window, CAUSAL, WINDOW)
@@ -304,7 +304,7 @@ def attention_bwd_dq_kernel(
         o_lse = at * lse_batch_stride + head.to(tl.int64) * lse_head_stride + q_first
         b_q = _load_rows(p_q, o_q, q_len, q_seq_stride, o_dim, DIM)
         b_dout = _load_rows(p_dout, o_q, q_len, dout_seq_stride, o_dim, DIM)
-        lse = tl.load(p_lse + o_lse + o_q, mask=o_q < q_len, other=0.0) * LOG2E
+        lse = tl.load(p_lse + o_lse + o_q, mask=o_q < q_len, other=0.0)
         delta = tl.load(p_delta + o_lse + o_q, mask=o_q < q_len, other=0.0)
         to_base2 = tl.cast(scale, tl.float32) * LOG2E
 

@@ -32,6 +32,7 @@ from m3kernels.ops._common import cdiv, fused_op, launch, next_power_of_2, use_t
 from m3kernels.ops._triton import INTERPRET
 
 MAX_HEAD_DIM = 256
+LN2 = 0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _forward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out like q, lse (B, H, S) in fp32)."""
+    """(out like q, log-sum-exp in base 2, (B, H, S) in fp32)."""
     out, lse = _forward_fake(q, k, v, cu_q, cu_k, longest_q, longest_k, causal, window, scale)
     layout = _layout(q, k, cu_q, cu_k, longest_q, longest_k, causal, window, scale)
     if out.numel() == 0 or layout.longest_q == 0:
@@ -333,7 +334,7 @@ def attention(
     out, lse = _attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, causal, 0 if window is None else window, scale
     )
-    return (out, lse) if return_lse else out
+    return (out, lse * LN2) if return_lse else out
 
 
 def _check(q, k, v, causal, window, cu_q, cu_k) -> None:
