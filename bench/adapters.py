@@ -70,13 +70,6 @@ def _peft_layer(shape: Shape, given: Tensors) -> nn.Module:
     return layer.to(given["weight"].dtype)
 
 
-def _use(module: nn.Module, tensor: Tensor) -> None:
-    """The tensor itself as the module's weight: gradients are asked for it, not for a parameter."""
-    if module.weight is not tensor:
-        module._parameters.pop("weight", None)
-        module.__dict__["weight"] = tensor
-
-
 def _bind(layer: nn.Module, shape: Shape, t: Tensors) -> None:
     """The case's tensors as the layer's adapter weights, so that gradients can be asked for them."""
     pairs = [(layer.lora_A, "A"), (layer.lora_B, "B")]
@@ -97,7 +90,12 @@ def peft(compile_it: bool):
 
             torch._dynamo.reset()
             functorch_config.donated_buffer = False  # the backward is timed alone, many times on one forward
-            forward = torch.compile(layer, dynamic=False)
+            if shape["dora"]:
+                # PEFT's look for a quantised base cannot be traced, and there is none
+                from peft.tuners.lora import dora
+
+                dora.dequantize_module_weight = lambda base_layer: base_layer.weight
+            forward = torch.compile(layer, dynamic=False, fullgraph=True)
 
         def function(t: Tensors) -> tuple[Tensor]:
             _bind(layer, shape, t)

@@ -13,9 +13,13 @@ printed as the noise between the two. What fails, with exit code 1:
 - memory: the peak grew by more than ``--fail-over`` and by more than 1 MiB, which is as fine as the allocator counts
   small tensors. It has no spread: it repeats to the byte.
 - error: it grew by more than ``--fail-over`` and is above what cannot be told from rounding: eager's own error for an op,
-  half of its bound for a model. Below that, less exact is not worse.
+  half of its bound for a model. Below that, less exact is not worse. One that is no longer known fails too.
+- first token (decoding): its median grew by more than twice ``--fail-over``; it has no spread.
+- compiled (decoding): more graphs were traced, or more functions refused a CUDA graph.
 - status: ok before, now WRONG, failed, missing, oom or skipped.
 - vanished: in BASE and not in NEW, though NEW ran its suite; in a ``--quick`` run beside a full one it is only listed.
+
+Of an op whose device time is captured, host time is not compared here: that is the ``host`` suite's.
 
 New rows are listed. Exit code 2: a file cannot be read, nothing can be paired, or the GPUs differ and ``--force`` was not
 given: milliseconds of two GPUs do not compare, and neither do their GEMMs' roundings.
@@ -96,7 +100,7 @@ def pair(base: dict, new: dict, limit: float) -> Pair:
     memory = _growth(peak_gib(base), peak_gib(new))
     if memory is not None and memory > limit and peak_gib(new) - peak_gib(base) > MIB:
         failed.append(f"memory: {number(peak_gib(base))} to {number(peak_gib(new))} GiB")
-    failed += _errors(base, new, limit)
+    failed += _errors(base, new, limit) + _first_token(base, new, limit) + _recorded(base, new)
     return Pair(base, new, change, memory, failed, notes)
 
 
@@ -138,9 +142,26 @@ def _errors(base: dict, new: dict, limit: float) -> list[str]:
     failed = []
     for column, floor in error_floors(new).items():
         before, after = base.get(column), new.get(column)
+        if before is not None and after is None:
+            failed.append(f"error: {column} {before:.3g} before, now unknown")
         if None not in (before, after) and after > floor and after > (1 + limit) * before:
             failed.append(f"error: {column} {before:.3g} to {after:.3g}")
     return failed
+
+
+def _first_token(base: dict, new: dict, limit: float) -> list[str]:
+    """Time to first token is measured once a call and has no spread: twice the limit, by its median."""
+    growth = _growth(base.get("ttft_ms"), new.get("ttft_ms"))
+    if growth is None or growth <= 2 * limit:
+        return []
+    return [f"first token: {number(base['ttft_ms'])} to {number(new['ttft_ms'])} ms"]
+
+
+def _recorded(base: dict, new: dict) -> list[str]:
+    """A compiled decoding that is traced more often, or whose CUDA graphs are refused, is another thing than before."""
+    columns = ("graphs", "cudagraph_skips")
+    pairs = [(c, base.get(c), new.get(c)) for c in columns]
+    return [f"compiled: {c} {was} to {now}" for c, was, now in pairs if None not in (was, now) and now > was]
 
 
 def error_floors(row: dict) -> dict[str, float]:
@@ -181,7 +202,8 @@ def _vanished(row: dict, base_head: dict, new: tuple[dict, list[dict]]) -> tuple
         return False, "a --quick run measures fewer"
     for other in rows:
         if other["kind"] == "error":
-            whole = (other.get("op"), other.get("label")) == (row.get("op"), row.get("label"))
+            suite = results.SUITES.get(other.get("suite")) == row["kind"]
+            whole = suite or (other.get("op"), other.get("label")) == (row.get("op"), row.get("label"))
         else:
             whole = other["peer"] == EVERYONE and cell(other) == cell(row)
         if whole:
@@ -259,8 +281,10 @@ def accepted(new_path: Path, head: dict, rows: list[dict]) -> Path | None:
     Of those the one that shares most kinds of row with NEW, then the newest.
     """
     candidates = []
-    for path in sorted(results.RESULTS.glob("*/*.jsonl")):
+    for path in results.stored():
         other, theirs = results.read(path)
+        if other.get("partial"):
+            continue
         same = path.resolve() == new_path.resolve() or other["gpu"] != head["gpu"]
         if same or (other.get("quick") and not head.get("quick")):
             continue
@@ -273,12 +297,23 @@ def accepted(new_path: Path, head: dict, rows: list[dict]) -> Path | None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="m3kernels bench compare", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("base", nargs="?", type=Path, metavar="BASE", help="default: the newest in the store of the same GPU")
-    add("new", type=Path, metavar="NEW")
+    # one argument: an optional positional before a required one cannot stand on both sides of an option
+    add(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="[BASE] NEW",
+        help="BASE: default the newest in the store of the same GPU",
+    )
     add("--fail-over", type=threshold, default=0.05, metavar="SHARE", help="5%% or 0.05 (the default)")
     add("--peer", action="append", metavar="NAME", help="whose rows decide; may be repeated (default: m3kernels)")
     add("--force", action="store_true", help="compare runs of different GPUs")
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if len(args.files) > 2:
+        parser.error(f"takes one or two files, got {len(args.files)}")
+    *base, args.new = args.files
+    args.base = base[0] if base else None
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -300,8 +335,11 @@ def main(argv: list[str] | None = None) -> int:
             f"BASE is from a {base[0]['gpu']}, NEW from a {new[0]['gpu']}; --force compares them all the same"
         )
     decides = (lambda peer: peer in args.peer) if args.peer else is_ours
-    if not compared.pairs and not compared.failures(decides):
-        return _refuse(f"{path} and {args.new} have no row in common")
+    known = {row["peer"] for _, rows in (base, new) for row in rows if "peer" in row}
+    if unknown := set(args.peer or ()) - known:
+        return _refuse(f"no row of peer {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    if not any(decides(p.new["peer"]) for p in compared.pairs) and not compared.failures(decides):
+        return _refuse(f"{path} and {args.new} have no row in common that decides")
     for which, where, head in (("BASE", path, base[0]), ("NEW", args.new, new[0])):
         print(f"{which:<4} {where} ({head['gpu']}, {head['date'][:10]}, commit {head['commit']})")
     print("\n".join([*heads(base[0], new[0]), drift(compared, decides), "", table(compared, decides)]))

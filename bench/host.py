@@ -114,14 +114,28 @@ def _failed(what: str, peer: str, which: str, error: Exception) -> dict:
     return row | {"us": None, "p20": None, "p80": None, "samples": 0}
 
 
+def _sample(found: dict[str, list[float] | Exception], once: Callable[[str], list[float]]) -> None:
+    """One turn of every peer that has not failed yet."""
+    for peer, samples in found.items():
+        if not isinstance(samples, Exception):
+            try:
+                samples += once(peer)
+            except Exception as error:  # a peer's failure is a result, not the end of the run
+                found[peer] = error
+
+
+def _rows(what: str, which: str, found: dict[str, list[float] | Exception]) -> Iterator[dict]:
+    for peer, samples in found.items():
+        make = _failed if isinstance(samples, Exception) else _row
+        yield make(what, peer, which, samples)
+
+
 def _interleaved(what: str, trials: dict[str, dict[str, Callable]], rounds: int, calls: int) -> Iterator[dict]:
     for which in (FORWARD, BOTH):
-        found: dict[str, list[float]] = {peer: [] for peer in trials}
+        found: dict[str, list[float] | Exception] = {peer: [] for peer in trials}
         for _ in range(rounds):
-            for peer, passes in trials.items():
-                found[peer] += host_us(passes[which], calls, 3)
-        for peer, samples in found.items():
-            yield _row(what, peer, which, samples)
+            _sample(found, lambda peer, which=which: host_us(trials[peer][which], calls, 3))
+        yield from _rows(what, which, found)
 
 
 def bench_host(device: torch.device, quick: bool, chosen: tuple[str, ...]) -> Iterator[dict]:
@@ -150,21 +164,14 @@ def bench_layer(device: torch.device, rounds: int, calls: int, chosen: tuple[str
     model = small_model(device)
     for which in (FORWARD, BOTH):
         found: dict[str, list[float] | Exception] = {peer: [] for peer in LAYER_PEERS if peer in (*chosen, "hf")}
+
+        def once(peer: str, which: str = which) -> list[float]:
+            with train_peers.become(model, train_peers.PEERS[peer]):
+                return host_us(layer_trials(model, device)[which], calls, 3)
+
         for _ in range(rounds):
-            for peer, samples in found.items():
-                if isinstance(samples, Exception):
-                    continue
-                try:
-                    with train_peers.become(model, train_peers.PEERS[peer]):
-                        samples += host_us(layer_trials(model, device)[which], calls, 3)
-                except Exception as error:  # a peer's failure is a result, not the end of the run
-                    found[peer] = error
-        for peer, samples in found.items():
-            yield (
-                _failed(LAYER, peer, which, samples)
-                if isinstance(samples, Exception)
-                else _row(LAYER, peer, which, samples)
-            )
+            _sample(found, once)
+        yield from _rows(LAYER, which, found)
 
 
 def show(row: dict) -> str:

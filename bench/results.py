@@ -4,6 +4,7 @@ A file is ``results/<gpu>/<date>-<commit>.jsonl`` when it holds all suites, ``..
 have a ``kind``: ``row`` (an op), ``host``, ``train``, ``decode``, or ``error`` (a whole case broke).
 """
 
+import itertools
 import json
 import os
 import platform
@@ -14,13 +15,20 @@ from pathlib import Path
 
 import torch
 
+import m3kernels
+
 RESULTS = Path(__file__).resolve().parent / "results"
+# where runs of a package that is installed without its tree go
+ELSEWHERE = Path("bench-results")
 # suite: the kind of its rows
 SUITES = {"ops": "row", "host": "host", "train": "train", "decode": "decode"}
 
 
-def header(device: torch.device, ceilings: dict, quick: bool, suites: list[str]) -> dict:
-    """What a number means nothing without: the machine, the versions, the ceilings measured in the same run."""
+def header(device: torch.device, ceilings: dict, quick: bool, suites: list[str], partial: bool = False) -> dict:
+    """What a number means nothing without: the machine, the versions, the ceilings measured in the same run.
+
+    ``partial``: only some ops, peers or cells were asked for.
+    """
     import transformers
     import triton
 
@@ -43,15 +51,18 @@ def header(device: torch.device, ceilings: dict, quick: bool, suites: list[str])
         "versions": versions | {"cudnn": torch.backends.cudnn.version()},
         "peers": peers.peer_versions(),
         "quick": quick,
+        "partial": partial,
         "ceilings": ceilings,
     }
 
 
 def commit() -> str:
-    """``M3K_COMMIT``, else what git says, else ``unknown``."""
+    """``M3K_COMMIT``, else what git says of this tree (``-dirty`` with uncommitted changes), else the package's version."""
     if os.environ.get("M3K_COMMIT"):
         return os.environ["M3K_COMMIT"]
-    return _output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD") or "unknown"
+    # an installed package may lie inside somebody else's repository
+    said = _output("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty") if in_tree() else ""
+    return said or m3kernels.__version__
 
 
 def driver() -> str | None:
@@ -74,13 +85,21 @@ def in_tree() -> bool:
 def default_path(head: dict) -> Path:
     """Where a run's file goes by default: the store, ``./bench-results`` where the package is installed without its tree.
 
-    A file of one suite never overwrites one of all.
+    A file of one suite has its name, and a second run of a day and commit gets a number: no run overwrites another's.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", head["gpu"].lower()).strip("-")
     suites = head["suites"]
     suffix = "" if set(suites) == set(SUITES) else "-" + "-".join(suites)
-    store = RESULTS if in_tree() else Path("bench-results")
-    return store / slug / f"{head['date'][:10]}-{head['commit']}{suffix}.jsonl"
+    folder = (RESULTS if in_tree() else ELSEWHERE) / slug
+    name = f"{head['date'][:10]}-{head['commit']}{suffix}"
+    taken = (folder / f"{name}{'' if n == 1 else f'.{n}'}.jsonl" for n in itertools.count(1))
+    return next(path for path in taken if not path.exists())
+
+
+def stored() -> list[Path]:
+    """All result files: the store's, and those that runs of an installed package left in ``./bench-results``."""
+    stores = [RESULTS] if in_tree() else [RESULTS, ELSEWHERE]
+    return sorted(path for store in stores for path in store.glob("*/*.jsonl"))
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
@@ -102,11 +121,16 @@ def read(path: Path) -> tuple[dict, list[dict]]:
     return parsed[0], parsed[1:]
 
 
-def newest(results: Path = RESULTS, kind: str | None = None) -> Path | None:
-    """The file with the latest date in its header, among those that hold rows of ``kind`` (any, if None)."""
+def newest(results: Path | None = None, kind: str | None = None) -> Path | None:
+    """The file with the latest date in its header, among those that hold rows of ``kind`` (any, if None).
+
+    A run that was asked for some ops, peers or cells only stands for no suite and is passed over.
+    """
     dated = []
-    for path in sorted(results.glob("*/*.jsonl")):
+    for path in stored() if results is None else sorted(results.glob("*/*.jsonl")):
         head, rows = read(path)
+        if head.get("partial"):
+            continue
         if kind is None or any(row["kind"] == kind for row in rows):
             dated.append((head["date"], str(path)))
     return Path(max(dated)[1]) if dated else None

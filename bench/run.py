@@ -59,7 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser, suites: list[str]) -> None:
 
 
 def run(suites: list[str], args: argparse.Namespace) -> int:
-    """Exit code 0; 2 where there is no GPU. What breaks is a row, not the end; what was measured is in the file."""
+    """Exit code 0; 2 where there is no GPU or ``--only`` names nothing. What breaks is a row, not the end of the run."""
+    if getattr(args, "only", "") and not any(
+        module.cells_of(tuple(args.size), args.quick, args.only) for module in (train, decode)
+    ):
+        print(
+            f"m3kernels bench: no train or decode cell of {args.size} has {args.only!r} in its label", file=sys.stderr
+        )
+        return 2
     if not torch.cuda.is_available():
         print(
             f"m3kernels bench {' '.join(suites)} needs a CUDA GPU with bf16 (80 GB for the largest rows): torch "
@@ -71,19 +78,30 @@ def run(suites: list[str], args: argparse.Namespace) -> int:
     gpu = measure.Gpu(torch.device("cuda", torch.cuda.current_device()))
     with torch.cuda.stream(gpu.stream):
         ceilings = gpu.ceilings()
-    head = results.header(gpu.device, ceilings, args.quick, suites)
+    partial = bool(args.peers or getattr(args, "only", "") or set(getattr(args, "op", OPS)) != set(OPS))
+    head = results.header(gpu.device, ceilings, args.quick, suites, partial)
     writer = results.Writer(args.out or results.default_path(head), head)
     print(f"{head['gpu']}, torch {head['versions']['torch']}, triton {head['versions']['triton']}, {head['peers']}")
-    for suite in suites:
-        rows, show = RUNNERS[suite]
-        for row in with_bar(rows(args, gpu, ceilings, begun + args.seconds), suite):
-            writer.add(row)
-            print(f"{time.monotonic() - begun:4.0f} s  {show(row)}", flush=True)
-        torch.cuda.empty_cache()
-    writer.close()
+    try:
+        for suite in suites:
+            for row in with_bar(guarded(suite, args, gpu, ceilings, begun + args.seconds), suite):
+                writer.add(row)
+                text = f"{suite} broke: {row['reason']}" if row.get("suite") else RUNNERS[suite][1](row)
+                print(f"{time.monotonic() - begun:4.0f} s  {text}", flush=True)
+            torch.cuda.empty_cache()
+    finally:
+        writer.close()
     print(targets.table(writer.rows, head))
     print(f"wrote {writer.path} in {time.monotonic() - begun:.0f} s")
     return 0
+
+
+def guarded(suite: str, *args) -> Iterator[dict]:
+    """A suite's rows; what breaks all of it is one ``error`` row, not the end of the others."""
+    try:
+        yield from RUNNERS[suite][0](*args)
+    except Exception as error:
+        yield {"kind": "error", "suite": suite, "op": None, "label": suite, "reason": measure.reason(error)}
 
 
 def with_bar(rows: Iterator[dict], suite: str) -> Iterator[dict]:

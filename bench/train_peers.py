@@ -71,6 +71,8 @@ def ours(model: nn.Module) -> Iterator[None]:
     """
     with m3kernels.patched(model) as report:
         slow = {b for op, b in report.backend.items() if b != "triton" and report.patched[op]}
+        if report.skipped:
+            raise RuntimeError(f"not all is fused: {report.skipped[0]}")
         if slow and next(unwrap(model).parameters()).is_cuda:
             raise ImportError(f"m3kernels would run as {', '.join(sorted(slow))}")
         yield

@@ -18,7 +18,7 @@ BASE = [
     train_row("hf", 229.0),
     train_row("m3kernels", 170.0),
     decode_row("hf", 34.7),
-    decode_row("m3kernels", 3.0),
+    decode_row("m3kernels", 3.0, ttft_ms=30.0, graphs=1, cudagraph_skips=0),
 ]
 OURS, SMALLER, HOST, TRAIN, DECODE = 2, 3, 5, 7, 9
 
@@ -65,6 +65,9 @@ WORSE = {
     "failed": (changed(TRAIN, status="failed", reason="RuntimeError", ms=None), "now failed: RuntimeError"),
     "missing": (changed(HOST, status="missing", reason="", us=None), "now missing"),
     "out of memory": (changed(TRAIN, status="oom", reason="OutOfMemoryError", ms=None), "now oom"),
+    "error no longer known": (changed(OURS, error_over_eager=None), "now unknown"),
+    "first token": (changed(DECODE, ttft_ms=60.0), "first token: 30.0 to 60.0 ms"),
+    "traced again": (changed(DECODE, graphs=4), "compiled: graphs 1 to 4"),
     "no graph": (changed(OURS, graph_ms=None, graph_reason="cudaErrorX"), "graph: no longer captured (cudaErrorX)"),
 }
 
@@ -191,3 +194,16 @@ def test_what_cannot_be_read_is_refused(tmp_path, capsys):
 def test_files_without_a_common_row_are_refused(run):
     code, text = run([host_row("m3kernels", 2.0)], base=BASE[:4], suites=["host"])
     assert code == 2 and "have no row in common" in text
+
+
+def test_a_peer_that_no_row_has_is_refused(run):
+    code, text = run(BASE, "--peer", "M3kernels")
+    assert code == 2 and "no row of peer M3kernels; there are" in text
+
+
+def test_files_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
+    old, new = write_file(tmp_path, BASE, "h/base.jsonl"), write_file(tmp_path, BASE, "h/new.jsonl")
+    assert compare.main([str(old), "--force", str(new)]) == 0
+    with pytest.raises(SystemExit):
+        compare.main([str(old), str(new), str(new)])
+    assert "one or two files" in capsys.readouterr().err

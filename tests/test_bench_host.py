@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from m3kernels.bench import host, peers, run
+import m3kernels
+from m3kernels.bench import host, peers, results, run
 from m3kernels.bench.cases import CASES, OPS
 from m3kernels.cli import main
 
@@ -45,6 +46,54 @@ def test_a_wrong_choice_names_the_allowed(capsys):
         with pytest.raises(SystemExit):
             main(["bench", *command])
         assert allowed in capsys.readouterr().err
+
+
+def test_a_suite_that_breaks_is_a_row_and_not_the_end(monkeypatch):
+    def broken(*args):
+        yield {"kind": "host"}
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(run.RUNNERS, "host", (broken, str))
+    rows = list(run.guarded("host", None, None, None, 0))
+    assert [row["kind"] for row in rows] == ["host", "error"] and "no memory" in rows[1]["reason"]
+
+
+def test_a_peer_that_breaks_while_it_is_timed_is_a_row():
+    found = {"a": [], "b": []}
+    host._sample(found, lambda peer: [1.0] if peer == "a" else 1 / 0)
+    host._sample(found, lambda peer: [2.0])
+    rows = list(host._rows("op", host.FORWARD, found))
+    assert [row["status"] for row in rows] == ["ok", "failed"] and rows[0]["us"] == 1.5
+
+
+def test_no_run_overwrites_anothers_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "in_tree", lambda: True)
+    head = {"kind": "header", "gpu": "NVIDIA H100", "date": "2026-11-25T10:00:00", "commit": "abc", "suites": ["ops"]}
+    for name, partial in (("2026-11-25-abc-ops.jsonl", False), ("2026-11-25-abc-ops.2.jsonl", True)):
+        path = results.default_path(head | {"partial": partial})
+        assert path.name == name
+        writer = results.Writer(path, head | {"partial": partial})
+        writer.add({"kind": "row"})
+        writer.close()
+    # what was asked for some ops only is no state of the suite
+    assert results.newest(kind="row").name == "2026-11-25-abc-ops.jsonl"
+
+
+def test_an_installed_package_keeps_its_runs_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "in_tree", lambda: False)
+    monkeypatch.delenv("M3K_COMMIT", raising=False)
+    head = {
+        "gpu": "NVIDIA H100",
+        "date": "2026-11-25T10:00:00",
+        "commit": results.commit(),
+        "suites": list(results.SUITES),
+    }
+    path = results.default_path(head)
+    assert path.as_posix() == f"bench-results/nvidia-h100/2026-11-25-{m3kernels.__version__}.jsonl"
+    results.Writer(path, {"kind": "header"}).close()
+    assert path in results.stored()
 
 
 def test_the_quick_run_touches_every_op():

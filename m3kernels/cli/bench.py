@@ -19,7 +19,7 @@ OTHERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Nothing of bench/ is imported before a subcommand is chosen: ``m3kernels --help`` stays quick."""
+    """Nothing of bench/ is imported before something to run is chosen."""
     names = "\n".join(f"  {name:<8} {text}" for name, text in (SUITES | OTHERS).items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"what to run:\n{names}\n\nm3kernels bench WHAT --help lists the options of each."

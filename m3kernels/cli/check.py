@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     rows = _op_rows(args, device, progress)
     if not args.op:
         rows += _tiny_model_rows(args, device, progress)
-    if args.model:
+    if args.model and not args.op:
         rows += _own_model_rows(args, device)
     print(table(rows))
     failed = sum(not row.passed for row in rows)

@@ -100,6 +100,15 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _records() -> bool:
+    """Whether anything would want a derivative of a call: without it, autograd.Function is microseconds for nothing."""
+    return (
+        torch.is_grad_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 class _RefuseDoubleBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op: str, *grads: Tensor):
@@ -168,6 +177,6 @@ def fused_op(
     def call(*inputs):
         if torch.compiler.is_compiling():
             return registered(*inputs)
-        return Eager.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+        return Eager.apply(*inputs) if _records() else forward(*inputs)
 
     return call

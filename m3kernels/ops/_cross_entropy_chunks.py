@@ -43,6 +43,8 @@ class Options:
 
 def plan_chunks(rows: int, vocab: int, dtype: torch.dtype, options: Options) -> tuple[int, bool]:
     """(rows of logits held at once, whether the weight gradient is summed in fp32)."""
+    if rows == 0:
+        return 0, options.needs_dweight and dtype == torch.float16
 
     def at_least(n: int) -> int:
         fitting = max(1, n, (options.chunk_bytes or LOGITS_BYTES) // (vocab * dtype.itemsize))
@@ -191,7 +193,7 @@ def run_rows_that_count(
     hidden, weight = hidden if hidden.stride(1) == 1 else hidden.contiguous(), weight.contiguous()
     if labels.device.type != "cpu":
         return run_chunks(hidden, weight, labels, scale, options)
-    kept = (labels != options.ignore_index).nonzero().squeeze(1)
+    kept = (labels.long() != options.ignore_index).nonzero().squeeze(1)
     rows, labels = len(labels), labels[kept].to(hidden.device, non_blocking=True)
     if len(kept) == rows:
         return run_chunks(hidden, weight, labels, scale, options)
@@ -212,6 +214,7 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
     if labels.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
         torch._assert_async(label_summary(labels, vocab, ignore_index)[0], message)
         return
+    labels = labels.long()  # a vocabulary's size need not fit the labels' own type
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if labels.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(~wrong.any(), message)

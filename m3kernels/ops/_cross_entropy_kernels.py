@@ -174,8 +174,8 @@ def label_summary_kernel(p_label, p_valid, p_inverse, n, vocab, ignore_index, BL
     b_wrong = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
         at = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
-        label = tl.load(p_label + at, mask=at < n, other=ignore_index).to(tl.int64)
-        counts = label != ignore_index
+        label = tl.load(p_label + at, mask=at < n, other=0).to(tl.int64)
+        counts = (at < n) & (label != ignore_index)
         b_count += counts.to(tl.int32)
         b_wrong += (counts & ((label < 0) | (label >= vocab))).to(tl.int32)
     count = tl.maximum(tl.sum(b_count, axis=0), 1)

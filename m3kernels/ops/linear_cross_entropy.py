@@ -213,7 +213,7 @@ def linear_cross_entropy_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Plain PyTorch with all logits at once, the loss in fp32 (fp64 for fp64); skips ignored rows when labels are on the host."""
     shape, vocab = labels.shape, weight.shape[0]
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     check_labels(labels, vocab, ignore_index)
     valid = labels != ignore_index
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -332,14 +332,15 @@ def linear_cross_entropy(
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     options = (ignore_index, label_smoothing, z_loss, return_token_accuracy)
     chunking = (accumulate, chunk_bytes or 0)
-    per_label = _inverse_count(flat, weight.shape[0], ignore_index).to(hidden.device)
+    averages = reduction == "mean" and num_items_in_batch is None
+    if averages or return_token_accuracy:
+        per_label = _inverse_count(flat, weight.shape[0], ignore_index).to(hidden.device)
     if reduction == "none":
         loss, hits = _linear_cross_entropy_per_row(rows, weight, flat, *options, *chunking)
         loss, hits = loss.view(labels.shape), hits.sum()
     else:
-        scale = per_label
-        if num_items_in_batch is not None or reduction == "sum":
-            scale = _inverse(1 if num_items_in_batch is None else num_items_in_batch, hidden.device)
+        items = 1 if num_items_in_batch is None else num_items_in_batch
+        scale = per_label if averages else _inverse(items, hidden.device)
         grads = torch.is_grad_enabled()
         needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
         loss, hits, _, _ = _linear_cross_entropy(rows, weight, flat, scale, *options, *needs, *chunking)
@@ -352,7 +353,7 @@ def _inverse_count(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
     """1 / max(1, labels that are not ignored) in fp32, where the labels are."""
     if labels.is_cuda and not torch.compiler.is_compiling():
         return label_summary(labels, vocab, ignore_index)[1]
-    return 1.0 / (labels != ignore_index).sum().clamp(min=1).float()
+    return 1.0 / (labels.long() != ignore_index).sum().clamp(min=1).float()
 
 
 def _inverse(items: int | float | Tensor, device: torch.device) -> Tensor:

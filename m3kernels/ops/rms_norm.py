@@ -343,12 +343,12 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Plain PyTorch, with the rounding order of transformers (fp64 inputs are computed in fp64)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * x_hat.to(x.dtype)
+    return (weight * x_hat.to(x.dtype)).contiguous()
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Plain PyTorch: a residual add, then :func:`rms_norm_reference`."""
-    summed = residual + x
+    summed = (residual + x).contiguous()
     return rms_norm_reference(summed, weight, eps), summed
 
 

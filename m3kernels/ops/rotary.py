@@ -277,10 +277,11 @@ def _halves(cos_sin_table: Tensor | tuple[Tensor, Tensor], dim: int) -> tuple[Te
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(batch, heads, seq, dim) over (batch, seq, heads, dim) memory, as the kernel leaves it; cos, sin (..., seq, dim / 2)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
-    x1, x2 = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    cos, sin = cos.to(wide).unsqueeze(-2), sin.to(wide).unsqueeze(-2)
+    x1, x2 = x.transpose(1, 2).to(wide).chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).transpose(1, 2)
 
 
 def rotary_reference(
@@ -292,9 +293,9 @@ def rotary_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch with fp32 (fp64 for fp64 inputs) arithmetic and one final rounding."""
     cos, sin = _halves(cos_sin_table, q.shape[-1])
+    positions = positions.long()
     if cos.dim() == 2:
         cos, sin = cos[positions], sin[positions]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     q_out, k_out = _rotate_reference(q, cos, sin), _rotate_reference(k, cos, sin)
     if llama4 is not None:
         q_out = q_out * llama4_scale(positions, *llama4)[:, None, :, None]

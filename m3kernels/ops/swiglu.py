@@ -134,7 +134,7 @@ def swiglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """Plain PyTorch, with the rounding order of transformers."""
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return (F.silu(gate) * up).contiguous()
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -156,7 +156,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(f"swiglu: a fused gate_up needs an even last dimension, got {tuple(gate.shape)}")
-    elif gate.shape != up.shape or gate.dtype != up.dtype:
+    elif gate.dim() == 0 or gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             "swiglu: gate and up must have one shape and dtype, "
             f"got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"

@@ -133,7 +133,8 @@ def patch(
 
     Only this instance changes: its modules get subclasses of their own classes. Saving, loading, PEFT, Trainer, generate,
     gradient checkpointing and ``torch.compile`` work as before. On CUDA the Triton kernels run, elsewhere the plain
-    PyTorch references (the report says which). Patching twice changes nothing more. Patch before ``fully_shard``.
+    PyTorch references (the report says which), and so they do in inference that ``torch.compile`` traces, where Inductor
+    fuses them. Patching twice changes nothing more. Patch before ``fully_shard``.
 
     Args:
         model: ``Ministral3ForCausalLM``, ``Mistral3ForConditionalGeneration``, one of their inner models or heads, or

@@ -95,11 +95,11 @@ def cache_name(original: type) -> str:
 
 def text_attention_facts(original: type) -> dict:
     """Since 5.24 a cache's update is also given what the attention function is given."""
-    return attention_facts(original) | {"_m3k_update_takes_kwargs": cache_name(original) == "cache"}
+    return attention_facts(original) | {"_m3k_cache_name": cache_name(original)}
 
 
 def one_cache(cache, kwargs: dict):
-    """The cache by whichever name it came; the older one leaves ``kwargs``. transformers prefers the newer, so do we."""
+    """The cache by whichever name it came, or by place; the older name leaves ``kwargs``, and the newer counts."""
     older = kwargs.pop("past_key_values", None)
     return older if cache is None else cache
 
@@ -129,7 +129,7 @@ def attention_forward(
 
     q, k = rotary(q, k, position_embeddings, position_ids.to(q.device), llama4_parameters(self.config))
     if cache is not None:
-        more = {"kwargs": kwargs} if self._m3k_update_takes_kwargs else {}
+        more = {"kwargs": kwargs} if self._m3k_cache_name == "cache" else {}
         k, v = cache.update(k, v, self.layer_idx, **more)
 
     if self._m3k_passes_positions:

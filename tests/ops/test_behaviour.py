@@ -83,6 +83,32 @@ def test_compiled_inference_is_left_to_inductor(case):
     assert any("m3kernels" in target for target in seen) == ("entropy" in case.name)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_references_have_the_kernels_layout(case):
+    """Compiled inference takes the reference: what is viewed after the kernel must be viewable after it too."""
+    kernel = case.ours(**make(case))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(case.ours, fullgraph=True, backend="eager")(**make(case))
+    assert [t.stride() for t in kernel] == [t.stride() for t in compiled]
+
+
+def test_layout_of_transposed_inputs_under_compiled_inference():
+    x, weight = torch.randn(6, 4, device=DEVICE).t(), torch.ones(6, device=DEVICE)
+    flat = lambda x, weight: ops.rms_norm(x, weight).view(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(flat, backend="eager")(x, weight), flat(x, weight))
+
+
+def test_forward_mode_is_not_dropped_without_gradients():
+    """no_grad does not turn forward-mode differentiation off; a tangent that vanishes would be a silent zero."""
+    x, weight = torch.randn(3, 16, device=DEVICE), torch.ones(16, device=DEVICE)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            ops.rms_norm(dual, weight)
+
+
 OPCHECKS = {
     "rms_norm": lambda: (make(RMS_NORM)["x"], make(RMS_NORM)["weight"], 1e-5),
     "add_rms_norm": lambda: (*(make(ADD_RMS_NORM)[n] for n in ("x", "residual", "weight")), 1e-5),

@@ -245,6 +245,28 @@ def test_accuracy_takes_the_first_of_equal_logits_at_any_vocabulary(vocab):
     torch.testing.assert_close(accuracy, (first == last).float().mean())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_row_that_counts_in_any_dtype(dtype, rows):
+    """bf16 with a trained head plans its chunks by dividing by the rows of one."""
+    hidden = torch.randn(rows, 8, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = torch.randn(16, 8, device=DEVICE, dtype=dtype, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.full((rows,), -100))
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0 and all(g.dtype == dtype and not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    hidden, weight, labels = make(ignored=0)
+    labels = (labels % 100).to(DEVICE, dtype)
+    expected = linear_cross_entropy_reference(hidden, weight, labels.long())
+    for backend in ("auto", "reference"):
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, backend=backend), expected)
+    valid, inverse = label_summary(labels, 130, -100)
+    assert valid and inverse.item() == pytest.approx(1 / 24)
+
+
 @pytest.mark.parametrize("count", [0, 1, 5, 5000])
 @pytest.mark.parametrize("wrong", [None, -1, -101, 50])
 def test_label_summary(count, wrong):
