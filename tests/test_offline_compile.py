@@ -57,6 +57,7 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
     text = log.getvalue()
     return {
         "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
         "registers": max(map(int, re.findall(r"Used (\d+) registers", text))),
         "spilled": max(map(int, re.findall(r"(\d+) bytes spill stores", text)), default=0),
         "serialised": re.findall(r"\((C75\d+)\)", text),
@@ -188,11 +189,13 @@ def attention_types(kernel, constexprs: dict) -> dict:
 @pytest.mark.parametrize(
     ("causal", "window", "packed"), [(True, False, False), (False, False, True), (True, True, True)]
 )
-@pytest.mark.parametrize("name", ["fwd", "bwd_dkdv", "bwd_dq"])
+@pytest.mark.parametrize("name", ["fwd", "fwd by pointers", "bwd_dkdv", "bwd_dq"])
 def test_attention(name, dim, causal, window, packed):
-    kernel = getattr(attention, f"attention_{name}_kernel")
-    tables = {"fwd": attention.FORWARD, "bwd_dkdv": attention.DKDV, "bwd_dq": attention.DQ}
+    tables = {"fwd": attention.FORWARD, "fwd by pointers": attention.FORWARD_BY_POINTERS}
+    tables |= {"bwd_dkdv": attention.DKDV, "bwd_dq": attention.DQ}
     config = attention.tile_config(tables[name], dim, torch.bfloat16)
+    name = name.split()[0]
+    kernel = getattr(attention, f"attention_{name}_kernel")
     constexprs = {
         "GROUP": 4,
         "DIM": dim,
@@ -204,8 +207,12 @@ def test_attention(name, dim, causal, window, packed):
         "PACKED": packed,
         "PRECISION": "tf32",
     }
+    if name == "fwd":
+        constexprs["TMA"] = config.tma
     report = compile_sm90(kernel, config.warps, constexprs, attention_types(kernel, constexprs), config.stages)
     check(kernel, report, dim)
+    # specialised: a warp group that loads beside the two that multiply
+    assert report["warps"] == (12 if config.tma else config.warps)
     # C7511, C7512, C7515: the assembler made the tensor cores wait for each product
     assert not report["serialised"]
     # Triton 3.4 to 3.7.0 stores a transposed product wrongly

@@ -16,11 +16,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _sequence(p_cu, batch, length, PACKED: tl.constexpr):
-    """(first row, rows) of one sequence: from cu_seqlens where packed, all rows otherwise."""
+    """(first row, rows) of one sequence: from cu_seqlens where packed, all rows otherwise. An empty one begins at row 0."""
     first = tl.cast(0, tl.int64)
     if PACKED:
         first = tl.load(p_cu + batch).to(tl.int64)
         length = (tl.load(p_cu + batch + 1).to(tl.int64) - first).to(tl.int32)
+        # the last one may be empty: its first row would lie past the tensor
+        first = tl.where(length > 0, first, 0)
     return first, length
 
 
@@ -77,54 +79,70 @@ def attention_fwd_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     batch, head = tl.program_id(2), tl.program_id(1)
     q_first, q_len = _sequence(p_cu_q, batch, seq_q, PACKED)
     k_first, k_len = _sequence(p_cu_k, batch, seq_k, PACKED)
     # under a causal mask later tiles take longer: they start first
     start_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
-    if start_q < q_len:
-        o_q, o_dim = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_DIM)
-        at, kv_head = batch.to(tl.int64), (head // GROUP).to(tl.int64)
-        p_q += at * q_batch_stride + head.to(tl.int64) * q_head_stride + q_first * q_seq_stride
-        p_k += at * k_batch_stride + kv_head * k_head_stride + k_first * k_seq_stride
-        p_v += at * v_batch_stride + kv_head * v_head_stride + k_first * v_seq_stride
+    o_q, o_dim = start_q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_DIM)
+    at, kv_head = batch.to(tl.int64), (head // GROUP).to(tl.int64)
+    p_q += at * q_batch_stride + head.to(tl.int64) * q_head_stride + q_first * q_seq_stride
+    p_k += at * k_batch_stride + kv_head * k_head_stride + k_first * k_seq_stride
+    p_v += at * v_batch_stride + kv_head * v_head_stride + k_first * v_seq_stride
+    if TMA:
+        # pointers to queries would end warp specialisation; a descriptor has at least one row
+        q_rows = tl.make_tensor_descriptor(p_q, [tl.maximum(q_len, 1), DIM], [q_seq_stride, 1], [BLOCK_Q, BLOCK_DIM])
+        b_q = q_rows.load([start_q, 0])
+    else:
         b_q = _load_rows(p_q, o_q, q_len, q_seq_stride, o_dim, DIM)
-        to_base2 = tl.cast(scale, tl.float32) * LOG2E
+    to_base2 = tl.cast(scale, tl.float32) * LOG2E
 
-        b_top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
-        b_sum = tl.zeros([BLOCK_Q], tl.float32)
-        b_out = tl.zeros([BLOCK_Q, BLOCK_DIM], tl.float32)
-        begin, end = 0, k_len
-        if CAUSAL:
-            end = tl.minimum(k_len, start_q + BLOCK_Q + k_len - q_len)
-        if WINDOW:
-            begin = tl.maximum(0, start_q + k_len - q_len - window + 1) // BLOCK_K * BLOCK_K
-        for start_k in range(begin, end, BLOCK_K):
-            o_k = start_k + tl.arange(0, BLOCK_K)
+    b_top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
+    b_out = tl.zeros([BLOCK_Q, BLOCK_DIM], tl.float32)
+    begin, end = 0, k_len
+    if CAUSAL:
+        end = tl.minimum(k_len, start_q + BLOCK_Q + k_len - q_len)
+    if WINDOW:
+        begin = tl.maximum(0, start_q + k_len - q_len - window + 1) // BLOCK_K * BLOCK_K
+    if PACKED:
+        # a tile past its sequence walks nothing and stores nothing; a branch around it would end warp specialisation
+        end = tl.where(start_q < q_len, end, 0)
+    if TMA:
+        # bounded by the sequence: rows after its end come as zeros
+        k_rows = tl.make_tensor_descriptor(p_k, [tl.maximum(k_len, 1), DIM], [k_seq_stride, 1], [BLOCK_K, BLOCK_DIM])
+        v_rows = tl.make_tensor_descriptor(p_v, [tl.maximum(k_len, 1), DIM], [v_seq_stride, 1], [BLOCK_K, BLOCK_DIM])
+    for start_k in tl.range(begin, end, BLOCK_K, warp_specialize=TMA):
+        o_k = start_k + tl.arange(0, BLOCK_K)
+        if TMA:
+            b_k = k_rows.load([start_k, 0])
+            b_v = v_rows.load([start_k, 0])
+        else:
             b_k = _load_rows(p_k, o_k, k_len, k_seq_stride, o_dim, DIM)
             b_v = _load_rows(p_v, o_k, k_len, v_seq_stride, o_dim, DIM)
-            scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
-            seen = _visible(o_q[:, None], o_k[None, :], q_len, k_len, window, CAUSAL, WINDOW)
-            scores = tl.where(seen, scores, -float("inf"))
-            new_top = tl.maximum(b_top, tl.max(scores, axis=1))
-            # a row that has seen nothing yet has no maximum to subtract
-            safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-            p = tl.math.exp2(scores - safe[:, None])
-            shrink = tl.math.exp2(b_top - safe)
-            b_sum = b_sum * shrink + tl.sum(p, axis=1)
-            b_out = b_out * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
-            b_top = new_top
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
+        seen = _visible(o_q[:, None], o_k[None, :], q_len, k_len, window, CAUSAL, WINDOW)
+        scores = tl.where(seen, scores, -float("inf"))
+        new_top = tl.maximum(b_top, tl.max(scores, axis=1))
+        # a row that has seen nothing yet has no maximum to subtract
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+        p = tl.math.exp2(scores - safe[:, None])
+        shrink = tl.math.exp2(b_top - safe)
+        b_sum = b_sum * shrink + tl.sum(p, axis=1)
+        b_out = b_out * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_top = new_top
 
-        empty = b_sum == 0.0
-        b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
-        lse = tl.where(empty, -float("inf"), b_top + tl.math.log2(tl.where(empty, 1.0, b_sum)))
-        p_out += at * out_batch_stride + head.to(tl.int64) * out_head_stride + q_first * out_seq_stride
-        mask = (o_q < q_len)[:, None] & (o_dim < DIM)[None, :]
-        rows = o_q.to(tl.int64)[:, None] * out_seq_stride
-        tl.store(p_out + rows + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=mask)
-        p_lse += at * lse_batch_stride + head.to(tl.int64) * lse_head_stride + q_first
-        tl.store(p_lse + o_q, lse, mask=o_q < q_len)
+    empty = b_sum == 0.0
+    b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
+    lse = tl.where(empty, -float("inf"), b_top + tl.math.log2(tl.where(empty, 1.0, b_sum)))
+    p_out += at * out_batch_stride + head.to(tl.int64) * out_head_stride + q_first * out_seq_stride
+    mask = (o_q < q_len)[:, None] & (o_dim < DIM)[None, :]
+    rows = o_q.to(tl.int64)[:, None] * out_seq_stride
+    tl.store(p_out + rows + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=mask)
+    p_lse += at * lse_batch_stride + head.to(tl.int64) * lse_head_stride + q_first
+    tl.store(p_lse + o_q, lse, mask=o_q < q_len)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from m3kernels.ops._attention_kernels import (
     attention_fwd_kernel,
 )
 from m3kernels.ops._common import cdiv, fused_op, launch, next_power_of_2, use_triton
-from m3kernels.ops._triton import INTERPRET
+from m3kernels.ops._triton import INTERPRET, triton
 
 MAX_HEAD_DIM = 256
 LN2 = 0.6931471805599453
@@ -37,16 +37,23 @@ LN2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Queries and keys of one tile, warps, and load stages."""
+    """Queries and keys of one tile, warps, and load stages.
+
+    ``tma``: loads by device-side descriptors in a warp of their own (forward only). Triton specialises warps with 4 of them, in
+    one loop, and where all its loads are descriptors.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 # to be measured; these compile for sm_90a without serialised products, and without spills but at head_dim 80 (16 bytes)
-FORWARD = {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 64, 8, 2)}
+FORWARD = {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 4, 2, tma=True), 256: TileConfig(64, 64, 8, 2)}
+# where the tensors' strides or addresses are no multiples of 16 bytes
+FORWARD_BY_POINTERS = FORWARD | {128: TileConfig(128, 64, 8, 3)}
 DKDV = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 8, 1)}
 DQ = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(32, 32, 8, 1)}
 # fp32 tiles are twice the bytes, and the interpreter wants few programs of any size
@@ -57,6 +64,21 @@ def tile_config(table: dict[int, TileConfig], head_dim: int, dtype: torch.dtype)
     if dtype == torch.float32 or INTERPRET:
         return WIDE
     return table[max(64, next_power_of_2(head_dim))]
+
+
+def _fits_descriptors(*tensors: Tensor) -> bool:
+    """Whether the copy engine can address rows: 16-byte multiples everywhere, at least 16 bytes a row."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.shape[-1] * t.element_size() >= 16
+        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory that a launch keeps its descriptors in."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,10 @@ def _forward(
         return out.zero_(), lse.fill_(-float("inf"))
     q, k, v = _dense(q), _dense(k), _dense(v)
     heads, dim = q.shape[1], q.shape[3]
-    config = tile_config(FORWARD, dim, q.dtype)
+    config = tile_config(FORWARD if _fits_descriptors(q, k, v) else FORWARD_BY_POINTERS, dim, q.dtype)
+    if config.tma and not INTERPRET:
+        # a context variable: autograd's threads, where checkpointing runs forwards, do not have the main one's
+        triton.set_allocator(_scratch)
     cu_q, cu_k = (lse, lse) if cu_q is None else (cu_q, cu_k)
     launch(
         "attention",
@@ -144,6 +169,7 @@ def _forward(
         BLOCK_Q=config.queries,
         BLOCK_K=config.keys,
         **layout.meta(heads // k.shape[1], dim, q.dtype),
+        TMA=config.tma,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -1,5 +1,7 @@
 """Attention against fp64: our error beside that of eager attention, every mask and layout, and wrong variants that must fail."""
 
+import dataclasses
+import importlib
 import math
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ from m3kernels.parity.core import (
     table,
 )
 
+# the package exports a function of the module's name one day
+kernels = importlib.import_module("m3kernels.ops.attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 pytestmark = pytest.mark.skipif(
@@ -115,6 +119,22 @@ def measure(shape: Shape, dtype: torch.dtype, ours=attention, seed: int = 0) -> 
 def test_error_is_at_most_eagers(shape, dtype):
     rows = measure(shape, dtype)
     assert all(row.passed for row in rows), table(rows)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the tables choose")
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.dim >= 32], ids=lambda s: s.name)
+def test_loads_by_descriptors(shape, monkeypatch):
+    """The interpreter takes small tiles by pointers; this walks the other branch, past the ends of sequences too."""
+    monkeypatch.setattr(kernels, "WIDE", dataclasses.replace(kernels.WIDE, tma=True))
+    rows = measure(shape, torch.float16)
+    assert all(row.passed for row in rows), table(rows)
+
+
+def test_what_descriptors_cannot_address_goes_by_pointers():
+    fits = kernels._fits_descriptors
+    x = torch.zeros(1, 2, 40, 64, dtype=torch.bfloat16)
+    assert fits(x) and fits(x.transpose(1, 2)) and fits(x[:, :, 3:]) and fits(x[..., 8:40])
+    assert not fits(x[..., 1:]) and not fits(x[..., :4]) and not fits(torch.zeros(1, 2, 40, 60, dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu
