@@ -23,6 +23,7 @@ MAY_SPILL = {
     ("rms_norm_bwd_kernel", 32_768): 1600,
     ("rms_norm_bwd_kernel", 65_536): 2600,
     ("attention_bwd_dkdv_kernel", 80): 16,
+    ("attention_decode_kernel", 256): 48,
 }
 
 rms = importlib.import_module("m3kernels.ops.rms_norm")
@@ -30,6 +31,7 @@ swiglu = importlib.import_module("m3kernels.ops.swiglu")
 rotary = importlib.import_module("m3kernels.ops.rotary")
 loss = importlib.import_module("m3kernels.ops._cross_entropy_kernels")
 attention = importlib.import_module("m3kernels.ops.attention")
+decode = importlib.import_module("m3kernels.ops.attention_decode")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -189,11 +191,11 @@ def attention_types(kernel, constexprs: dict) -> dict:
 @pytest.mark.parametrize(
     ("causal", "window", "packed"), [(True, False, False), (False, False, True), (True, True, True)]
 )
-@pytest.mark.parametrize("name", ["fwd", "fwd by pointers", "bwd_dkdv", "bwd_dq"])
+@pytest.mark.parametrize("name", ["fwd", "fwd by pointers", "bwd_dkdv", "bwd_dkdv fused", "bwd_dq"])
 def test_attention(name, dim, causal, window, packed):
     tables = {"fwd": attention.FORWARD, "fwd by pointers": attention.FORWARD_BY_POINTERS}
-    tables |= {"bwd_dkdv": attention.DKDV, "bwd_dq": attention.DQ}
-    config = attention.tile_config(tables[name], dim, torch.bfloat16)
+    tables |= {"bwd_dkdv": attention.DKDV, "bwd_dkdv fused": attention.FUSED, "bwd_dq": attention.DQ}
+    config, fused = attention.tile_config(tables[name], dim, torch.bfloat16), name.endswith("fused")
     name = name.split()[0]
     kernel = getattr(attention, f"attention_{name}_kernel")
     constexprs = {
@@ -207,9 +209,9 @@ def test_attention(name, dim, causal, window, packed):
         "PACKED": packed,
         "PRECISION": "tf32",
     }
-    if name == "fwd":
-        constexprs["TMA"] = config.tma
-    report = compile_sm90(kernel, config.warps, constexprs, attention_types(kernel, constexprs), config.stages)
+    constexprs |= {"fwd": {"TMA": config.tma}, "bwd_dkdv": {"ADDS_DQ": fused}}.get(name, {})
+    types = attention_types(kernel, constexprs) | ({"p_dq": "*fp32"} if fused else {})
+    report = compile_sm90(kernel, config.warps, constexprs, types, config.stages)
     check(kernel, report, dim)
     # specialised: a warp group that loads beside the two that multiply
     assert report["warps"] == (12 if config.tma else config.warps)
@@ -218,6 +220,24 @@ def test_attention(name, dim, causal, window, packed):
     # Triton 3.4 to 3.7.0 stores a transposed product wrongly
     assert "#linear" not in "".join(re.findall(r"ttg\.local_alloc.*", report["ttgir"]))
     assert ("wgmma.mma_async" in report["ptx"]) == ((name, dim) != ("bwd_dq", 256)), "tiles of 32 queries take mma.sync"
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("new", "window"), [(1, False), (4, True), (16, False)])
+def test_attention_decode(new, window, dim):
+    kernel, config = decode.attention_decode_kernel, decode.CONFIG
+    constexprs = {"NEW": new, "GROUP": 4, "ROWS": max(16, 4 * new), "DIM": dim, "BLOCK_DIM": rms.next_power_of_2(dim)}
+    constexprs |= {"BLOCK_K": config.keys, "WINDOW": window, "PRECISION": "tf32"}
+    types = attention_types(kernel, constexprs) | {"p_partial": "*fp32", "p_length": "*i64"}
+    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), dim)
+
+
+@pytest.mark.parametrize("splits", [1, 64])
+def test_attention_combine(splits):
+    kernel = decode.attention_combine_kernel
+    constexprs = {"NEW": 1, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_SPLIT": splits}
+    types = attention_types(kernel, constexprs) | {"p_partial": "*fp32"}
+    check(kernel, compile_sm90(kernel, 4, constexprs, types), 128)
 
 
 def test_the_check_fails_for_a_configuration_that_spills():

@@ -184,6 +184,7 @@ def attention_bwd_dkdv_kernel(
     p_delta,
     p_dk,
     p_dv,
+    p_dq,
     p_cu_q,
     p_cu_k,
     q_batch_stride,
@@ -201,6 +202,9 @@ def attention_bwd_dkdv_kernel(
     dk_batch_stride,
     dk_head_stride,
     dk_seq_stride,
+    dq_batch_stride,
+    dq_head_stride,
+    dq_seq_stride,
     lse_batch_stride,
     lse_head_stride,
     seq_q,
@@ -216,8 +220,12 @@ def attention_bwd_dkdv_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    ADDS_DQ: tl.constexpr,
 ):
-    """One tile of keys and values; all query heads that share them in turn, so that nothing is added across programs."""
+    """One tile of keys and values; all query heads that share them in turn, so that nothing is added across programs.
+
+    With ``ADDS_DQ`` its part of dq, not yet scaled, is added to an fp32 buffer of zeros: five products, in no fixed order.
+    """
     batch, kv_head = tl.program_id(2), tl.program_id(1)
     q_first, q_len = _sequence(p_cu_q, batch, seq_q, PACKED)
     k_first, k_len = _sequence(p_cu_k, batch, seq_k, PACKED)
@@ -241,6 +249,7 @@ def attention_bwd_dkdv_kernel(
         for shared in range(0, GROUP):
             head = (kv_head * GROUP + shared).to(tl.int64)
             p_q_head = p_q + at * q_batch_stride + head * q_head_stride + q_first * q_seq_stride
+            p_dq_head = p_dq + at * dq_batch_stride + head * dq_head_stride + q_first * dq_seq_stride
             p_dout_head = p_dout + at * dout_batch_stride + head * dout_head_stride + q_first * dout_seq_stride
             o_lse = at * lse_batch_stride + head * lse_head_stride + q_first
             for start_q in range(begin, end, BLOCK_Q):
@@ -256,6 +265,11 @@ def attention_bwd_dkdv_kernel(
                 dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
                 ds = p * (dp - delta[:, None])
                 b_dk += tl.dot(tl.trans(b_q), ds.to(b_q.dtype), input_precision=PRECISION)
+                if ADDS_DQ:
+                    part = tl.dot(ds.to(b_k.dtype), b_k, input_precision=PRECISION)
+                    o_part = o_q.to(tl.int64)[:, None] * dq_seq_stride + o_dim[None, :]
+                    mask_part = (o_q < q_len)[:, None] & (o_dim < DIM)[None, :]
+                    tl.atomic_add(p_dq_head + o_part, part, mask=mask_part, sem="relaxed")
 
         b_dk *= tl.cast(scale, tl.float32)
         o_out = at * dk_batch_stride + kv_head.to(tl.int64) * dk_head_stride + k_first * dk_seq_stride

@@ -11,7 +11,8 @@ The backward recomputes p from the log-sum-exp, with delta = rowsum(out * dout):
 
     dv = p^T dout        ds = p * (dout v^T - delta)        dq = scale * ds k        dk = scale * ds^T q
 
-in two kernels, one over keys and one over queries: seven products instead of five, no atomics, the same bits on every run.
+in two kernels, one over keys and one over queries: seven products instead of five, no atomics, the same bits on every run; or
+in one that adds dq's parts by atomics.
 
 Not exported and not patched into models yet: it compiles for sm_90a and is checked in Triton's interpreter, and has not run
 on a GPU (docs/performance.md will say when it has).
@@ -49,6 +50,9 @@ class TileConfig:
     stages: int
     tma: bool = False
 
+    def meta(self) -> dict:
+        return {"BLOCK_Q": self.queries, "BLOCK_K": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
 
 # to be measured; these compile for sm_90a without serialised products, and without spills but at head_dim 80 (16 bytes)
 FORWARD = {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 4, 2, tma=True), 256: TileConfig(64, 64, 8, 2)}
@@ -56,6 +60,7 @@ FORWARD = {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 4, 2, tma=Tr
 FORWARD_BY_POINTERS = FORWARD | {128: TileConfig(128, 64, 8, 3)}
 DKDV = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 8, 1)}
 DQ = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(32, 32, 8, 1)}
+FUSED = {64: TileConfig(64, 64, 8, 2), 128: TileConfig(128, 64, 8, 1), 256: TileConfig(32, 32, 8, 1)}
 # fp32 tiles are twice the bytes, and the interpreter wants few programs of any size
 WIDE = TileConfig(32, 32, 4, 1)
 
@@ -144,9 +149,10 @@ def _forward(
     causal: bool,
     window: int,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out like q, log-sum-exp in base 2, (B, H, S) in fp32)."""
-    out, lse = _forward_fake(q, k, v, cu_q, cu_k, longest_q, longest_k, causal, window, scale)
+    out, lse = _forward_fake(q, k, v)
     layout = _layout(q, k, cu_q, cu_k, longest_q, longest_k, causal, window, scale)
     if out.numel() == 0 or layout.longest_q == 0:
         return out, lse
@@ -166,17 +172,14 @@ def _forward(
         *(q, k, v, out, lse, cu_q, cu_k),
         *layout.strides(q, k, v, out, lse),
         *(layout.longest_q, layout.longest_k, scale, window),
-        BLOCK_Q=config.queries,
-        BLOCK_K=config.keys,
-        **layout.meta(heads // k.shape[1], dim, q.dtype),
         TMA=config.tma,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **layout.meta(heads // k.shape[1], dim, q.dtype),
+        **config.meta(),
     )
     return out, lse
 
 
-def _forward_fake(q, k, v, cu_q, cu_k, longest_q, longest_k, causal, window, scale):
+def _forward_fake(q, k, v, *_):
     return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -194,6 +197,7 @@ def _backward(
     causal: bool,
     window: int,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each like its tensor."""
     dq, dk, dv = _like(q), _like(k), _like(v)
@@ -215,26 +219,33 @@ def _backward(
         BLOCK=64,
     )
     pointers = (lse, lse) if cu_q is None else (cu_q, cu_k)
-    passes = (
-        (attention_bwd_dkdv_kernel, DKDV, (dk, dv), dk, layout.longest_k, kv_heads),
-        (attention_bwd_dq_kernel, DQ, (dq,), dq, layout.longest_q, heads),
+    lengths = (layout.longest_q, layout.longest_k, scale, window)
+    added = dq if deterministic else torch.zeros_like(dq, dtype=torch.float32)
+    config = tile_config(DKDV if deterministic else FUSED, dim, q.dtype)
+    launch(
+        "attention backward",
+        attention_bwd_dkdv_kernel,
+        (cdiv(layout.longest_k, config.keys), kv_heads, layout.sequences),
+        *(q, k, v, dout, lse, delta, dk, dv, added, *pointers),
+        *layout.strides(q, k, v, dout, dk, added, lse),
+        *lengths,
+        ADDS_DQ=not deterministic,
+        **meta,
+        **config.meta(),
     )
-    for kernel, table, outputs, strides_of, longest, grid_heads in passes:
-        config = tile_config(table, dim, q.dtype)
-        tile = config.keys if kernel is attention_bwd_dkdv_kernel else config.queries
-        launch(
-            "attention backward",
-            kernel,
-            (cdiv(longest, tile), grid_heads, layout.sequences),
-            *(q, k, v, dout, lse, delta, *outputs, *pointers),
-            *layout.strides(q, k, v, dout, strides_of, lse),
-            *(layout.longest_q, layout.longest_k, scale, window),
-            BLOCK_Q=config.queries,
-            BLOCK_K=config.keys,
-            **meta,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    if not deterministic:
+        return added.mul_(scale).to(q.dtype), dk, dv
+    config = tile_config(DQ, dim, q.dtype)
+    launch(
+        "attention backward (dq)",
+        attention_bwd_dq_kernel,
+        (cdiv(layout.longest_q, config.queries), heads, layout.sequences),
+        *(q, k, v, dout, lse, delta, dq, *pointers),
+        *layout.strides(q, k, v, dout, dq, lse),
+        *lengths,
+        **meta,
+        **config.meta(),
+    )
     return dq, dk, dv
 
 
@@ -252,8 +263,8 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, run_backward, dout, _):
     if dout is None:
-        return (None,) * 10
-    return *run_backward(dout, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+        return (None,) * 11
+    return *run_backward(dout, *ctx.saved_tensors, *ctx.options), *(None,) * 8
 
 
 _attention = fused_op(
@@ -325,6 +336,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention with grouped heads.
@@ -339,10 +351,11 @@ def attention(
             ``cu[i]`` to ``cu[i + 1]``. ``cu_seqlens_k`` defaults to the queries'.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; None: all rows, which is right and launches more programs.
         return_lse: also return the log-sum-exp of the scaled scores, (B, H, S) in fp32, without a gradient.
+        deterministic: of the gradients; False adds dq's parts by atomics, in one pass and in no fixed order.
         backend: "auto", "triton" or "reference".
 
     Returns:
-        (B, H, S, D), a view of (B, S, H, D) memory. Differentiable once in q, k and v; deterministic.
+        (B, H, S, D), a view of (B, S, H, D) memory. Differentiable once in q, k and v.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit. TypeError: not floating point, or DTensors.
@@ -357,9 +370,8 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     longest_q = q.shape[2] if max_seqlen_q is None else max_seqlen_q
     longest_k = k.shape[2] if max_seqlen_k is None else max_seqlen_k
-    out, lse = _attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, causal, 0 if window is None else window, scale
-    )
+    masks = (causal, 0 if window is None else window, scale)
+    out, lse = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, *masks, deterministic)
     return (out, lse * LN2) if return_lse else out
 
 

@@ -1,6 +1,7 @@
 """Attention against fp64: our error beside that of eager attention, every mask and layout, and wrong variants that must fail."""
 
 import dataclasses
+import functools
 import importlib
 import math
 from dataclasses import dataclass
@@ -121,6 +122,12 @@ def test_error_is_at_most_eagers(shape, dtype):
     assert all(row.passed for row in rows), table(rows)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_gradients_by_atomics(shape):
+    rows = measure(shape, torch.float32, functools.partial(attention, deterministic=False))
+    assert all(row.passed for row in rows), table(rows)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the tables choose")
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.dim >= 32], ids=lambda s: s.name)
 def test_loads_by_descriptors(shape, monkeypatch):
@@ -139,9 +146,10 @@ def test_what_descriptors_cannot_address_goes_by_pointers():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("shape", REAL, ids=lambda s: s.name)
-def test_real_shapes(shape):
-    rows = measure(shape, torch.bfloat16)
+def test_real_shapes(shape, deterministic):
+    rows = measure(shape, torch.bfloat16, functools.partial(attention, deterministic=deterministic))
     assert all(row.passed for row in rows), table(rows)
 
 
@@ -226,7 +234,7 @@ def test_compiled_fullgraph_equals_eager():
 
 def test_opcheck():
     inputs = [t.requires_grad_() for t in SHAPES[1].inputs(torch.float32).values()]
-    torch.library.opcheck(torch.ops.m3kernels.attention.default, (*inputs, None, None, 33, 33, True, 0, 0.25))
+    torch.library.opcheck(torch.ops.m3kernels.attention.default, (*inputs, None, None, 33, 33, True, 0, 0.25, True))
 
 
 @pytest.mark.parametrize(

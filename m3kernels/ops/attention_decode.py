@@ -1,0 +1,259 @@
+"""Attention of a few new tokens over a key/value cache: split along the keys, combined in a second step.
+
+    out = softmax(scale * q k^T over the first ``lengths[b]`` keys, causal among the new tokens) v
+
+One program takes one key/value head of one sequence and one stretch of its keys; the H / G query heads that share the head and
+the N new tokens are the rows of one small matrix product. Partial results and their log-sum-exps (base 2, fp32) go to memory
+and are combined in a fixed order. How many stretches there are depends on shapes only, how long they are on ``lengths``,
+which stay on the device: a CUDA graph may replay the call while the cache fills.
+
+Not exported yet: checked in Triton's interpreter and compiled for sm_90a, not run on a GPU (docs/performance.md will say when).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3kernels.ops._attention_kernels import LOG2E
+from m3kernels.ops._common import launch, next_power_of_2, sm_count, use_triton
+from m3kernels.ops._triton import tl, triton
+
+MAX_NEW_TOKENS = 16
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Keys of one tile, warps, load stages, and programs wanted on each SM. To be measured."""
+
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+    programs_per_sm: int = 3
+
+
+CONFIG = DecodeConfig()
+
+
+@triton.jit
+def attention_decode_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_length,
+    p_partial,
+    p_lse,
+    q_batch_stride,
+    q_head_stride,
+    q_seq_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_seq_stride,
+    v_batch_stride,
+    v_head_stride,
+    v_seq_stride,
+    scale,
+    window,
+    NEW: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits, at = tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    length = tl.load(p_length + batch).to(tl.int32)
+    # row r is new token r % NEW of the group's head r // NEW
+    o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+    token, m_row = o_row % NEW, o_row < GROUP * NEW
+    head = (kv_head * GROUP + o_row // NEW).to(tl.int64)
+    o_q = at * q_batch_stride + head * q_head_stride + token.to(tl.int64) * q_seq_stride
+    m_q = m_row[:, None] & (o_dim < DIM)[None, :]
+    b_q = tl.load(p_q + o_q[:, None] + o_dim[None, :], mask=m_q, other=0.0)
+    # the last new token sees all keys, the one before all but the last
+    seen_keys = length - NEW + 1 + token
+    first_key = 0
+    if WINDOW:
+        first_key = tl.maximum(0, length - NEW + 1 - window) // BLOCK_K * BLOCK_K
+    stretch = tl.cdiv(tl.cdiv(length - first_key, splits), BLOCK_K) * BLOCK_K
+    begin = first_key + split * stretch
+    end = tl.minimum(begin + stretch, length)
+
+    p_k += at * k_batch_stride + kv_head.to(tl.int64) * k_head_stride
+    p_v += at * v_batch_stride + kv_head.to(tl.int64) * v_head_stride
+    to_base2 = tl.cast(scale, tl.float32) * LOG2E
+    b_top = tl.full([ROWS], -float("inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        o_k = start + tl.arange(0, BLOCK_K)
+        mask = (o_k < end)[:, None] & (o_dim < DIM)[None, :]
+        rows = o_k.to(tl.int64)[:, None]
+        b_k = tl.load(p_k + rows * k_seq_stride + o_dim[None, :], mask=mask, other=0.0)
+        b_v = tl.load(p_v + rows * v_seq_stride + o_dim[None, :], mask=mask, other=0.0)
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
+        seen = (o_k[None, :] < seen_keys[:, None]) & (o_k < end)[None, :]
+        if WINDOW:
+            seen &= o_k[None, :] >= (seen_keys - window)[:, None]
+        scores = tl.where(seen, scores, -float("inf"))
+        new_top = tl.maximum(b_top, tl.max(scores, axis=1))
+        # a row that has seen nothing yet has no maximum to subtract
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+        p = tl.math.exp2(scores - safe[:, None])
+        shrink = tl.math.exp2(b_top - safe)
+        b_sum = b_sum * shrink + tl.sum(p, axis=1)
+        b_out = b_out * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_top = new_top
+
+    empty = b_sum == 0.0
+    b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
+    lse = tl.where(empty, -float("inf"), b_top + tl.math.log2(tl.where(empty, 1.0, b_sum)))
+    # partial results lie (batch, kv_head, row, split, dim): what one row combines is together
+    o_out = ((at * tl.num_programs(1) + kv_head) * (GROUP * NEW) + o_row) * splits + split
+    tl.store(p_partial + o_out[:, None] * DIM + o_dim[None, :], b_out, mask=m_q)
+    tl.store(p_lse + o_out, lse, mask=m_row)
+
+
+@triton.jit
+def attention_combine_kernel(
+    p_partial,
+    p_lse,
+    p_out,
+    out_batch_stride,
+    out_head_stride,
+    out_seq_stride,
+    splits,
+    NEW: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SPLIT: tl.constexpr,
+):
+    """One row: the partial results weighted by 2 ** (their lse - the largest)."""
+    batch, head, token = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
+    row = (batch * tl.num_programs(1) + head) * NEW + token
+    o_split, o_dim = tl.arange(0, BLOCK_SPLIT), tl.arange(0, BLOCK_DIM)
+    lse = tl.load(p_lse + row * splits + o_split, mask=o_split < splits, other=-float("inf"))
+    top = tl.max(lse, axis=0)
+    weight = tl.math.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
+    total = tl.sum(weight, axis=0)
+    mask = (o_split < splits)[:, None] & (o_dim < DIM)[None, :]
+    partial = tl.load(p_partial + (row * splits + o_split)[:, None] * DIM + o_dim[None, :], mask=mask, other=0.0)
+    out = tl.sum(partial * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    p_out += batch * out_batch_stride + head * out_head_stride + token.to(tl.int64) * out_seq_stride
+    tl.store(p_out + o_dim, out.to(p_out.dtype.element_ty), mask=o_dim < DIM)
+
+
+def splits_for(sequences: int, kv_heads: int, keys: int, multiprocessors: int, config: DecodeConfig = CONFIG) -> int:
+    """Stretches a sequence's keys are cut into: enough programs for all SMs, none under two tiles, a power of two at most 64."""
+    wanted = multiprocessors * config.programs_per_sm // max(1, sequences * kv_heads)
+    most = max(1, keys // (2 * config.keys))
+    n = max(1, min(wanted, most, 64))
+    return 1 << (n.bit_length() - 1)
+
+
+def attention_decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Plain PyTorch over the whole cache with a mask; softmax in fp32 at least."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group, new = q.shape[1] // k_cache.shape[1], q.shape[2]
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k_cache, v_cache))
+    key = torch.arange(k.shape[2], device=q.device)
+    last = (lengths.long()[:, None] - new + torch.arange(new, device=q.device))[..., None]
+    seen = (key <= last) & (key > last - window if window is not None else True)
+    # what lies behind a sequence's end is anything, NaN included
+    filled = (key < lengths.long()[:, None])[:, None, :, None]
+    k, v = torch.where(filled, k, 0), torch.where(filled, v, 0)
+    scores = ((q @ k.transpose(-1, -2)) * scale).to(torch.promote_types(q.dtype, torch.float32))
+    p = torch.softmax(scores.masked_fill(~seen[:, None], -float("inf")), dim=-1).nan_to_num(0.0)
+    return p.to(q.dtype) @ v
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of the newest tokens of each sequence over its cache, which already holds their keys and values.
+
+    Args:
+        q: (B, H, N, D), 1 to 16 new tokens, in fp32, bf16 or fp16, any strides with a dense last dimension.
+        k_cache, v_cache: (B, G, T, D) static caches, H a multiple of G; only the first ``lengths[b]`` keys are read.
+        lengths: (B,) integers on the device: keys in the cache, the new tokens' included. Never read by the host. A new
+            token that no key is left for (``lengths[b]`` < N) gives 0.
+        window: how many keys a token sees, itself included; None: all.
+        scale: of the scores; None: D ** -0.5.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (B, H, N, D), a view of (B, N, H, D) memory; no gradient.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; tensors that require a gradient.
+    """
+    shapes = f"got q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}"
+    fits = q.dim() == 4 and k_cache.dim() == 4 and k_cache.shape == v_cache.shape and q.shape[::3] == k_cache.shape[::3]
+    if not fits or lengths.shape != q.shape[:1] or lengths.is_floating_point():
+        raise ValueError(f"attention_decode: needs q (B, H, N, D), caches (B, G, T, D), integer lengths (B,), {shapes}")
+    if k_cache.shape[1] == 0 or q.shape[1] % k_cache.shape[1] or q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"attention_decode: H must be a multiple of G and D at most {MAX_HEAD_DIM}, {shapes}")
+    if not 1 <= q.shape[2] <= MAX_NEW_TOKENS:
+        raise ValueError(f"attention_decode: takes 1 to {MAX_NEW_TOKENS} new tokens, {shapes}; longer: attention()")
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(f"attention_decode: one dtype, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention_decode: a window holds at least 1 key, got {window}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention()")
+    if not use_triton("attention_decode", backend, q, k_cache, v_cache):
+        return attention_decode_reference(q, k_cache, v_cache, lengths, window=window, scale=scale)
+    return _launch(q, k_cache, v_cache, lengths, window or 0, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale: float) -> Tensor:
+    (batch, heads, new, dim), kv_heads = q.shape, k.shape[1]
+    out = q.new_empty((batch, new, heads, dim)).transpose(1, 2)
+    if out.numel() == 0:
+        return out
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    group = heads // kv_heads
+    splits = splits_for(batch, kv_heads, min(k.shape[2], window + new) if window else k.shape[2], sm_count(q.device))
+    partial = torch.empty((batch, heads, new, splits, dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, heads, new, splits), dtype=torch.float32, device=q.device)
+    block_dim = max(16, next_power_of_2(dim))
+    launch(
+        "attention_decode",
+        attention_decode_kernel,
+        (splits, kv_heads, batch),
+        *(q, k, v, lengths, partial, lse),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale, window),
+        NEW=new,
+        GROUP=group,
+        ROWS=max(16, next_power_of_2(group * new)),
+        DIM=dim,
+        BLOCK_DIM=block_dim,
+        BLOCK_K=CONFIG.keys,
+        WINDOW=window > 0,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=CONFIG.warps,
+        num_stages=CONFIG.stages,
+    )
+    meta = {"NEW": new, "DIM": dim, "BLOCK_DIM": block_dim, "BLOCK_SPLIT": next_power_of_2(splits)}
+    grid = (new, heads, batch)
+    launch("attention_decode", attention_combine_kernel, grid, partial, lse, out, *out.stride()[:3], splits, **meta)
+    return out
