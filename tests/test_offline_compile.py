@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import re
+from importlib import metadata
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from m3kernels.ops._triton import HAS_TRITON, INTERPRET
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRET, reason="needs triton, not interpreted")
 
+MEASURED_WITH = "3.6."
 SHARED_MEMORY = 232_448  # bytes a program may use on H100 and H200
 WIDTHS = (127, 1024, 3072, 4096, 5120, 9216, 16_384, 32_768, 65_536)
 # bytes; at 5,120 the spill is what the fastest measured configuration has, beyond 16,384 a row outgrows the registers
@@ -69,7 +71,10 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
 
 
 def check(kernel, report: dict, width: int) -> None:
+    """Spills are held for the Triton that the choices were measured with; another's register allocation is another."""
     assert report["shared"] <= SHARED_MEMORY, report["shared"]
+    if not metadata.version("triton").startswith(MEASURED_WITH):
+        return
     assert report["spilled"] <= MAY_SPILL.get((kernel.__name__, width), 0), (report["spilled"], report["registers"])
 
 
@@ -246,5 +251,7 @@ def test_the_check_fails_for_a_configuration_that_spills():
     types |= {"p_rstd": "*fp32", "x_stride": "i32", "residual_stride": "i32", "n_rows": "i32", "eps": "fp32"}
     constexprs = {"WIDTH": 65_536, "BLOCK": 65_536, "ROWS": 1, "HAS_RESIDUAL": False}
     report = compile_sm90(rms.rms_norm_fwd_kernel, 4, constexprs, types)
+    if not metadata.version("triton").startswith(MEASURED_WITH):
+        pytest.skip(f"spills are held for triton {MEASURED_WITH}x")
     with pytest.raises(AssertionError):
         check(rms.rms_norm_fwd_kernel, report, 4096)
