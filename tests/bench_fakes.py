@@ -28,10 +28,13 @@ TINY = Size(
 
 
 class SlowGpu(measure.Gpu):
-    """The GPU's part played by the CPU's clock."""
+    """The GPU's part played by the CPU's clock, with graphs that cannot be captured."""
 
     def __init__(self):
         self.device = CPU
+
+    def capture(self, trial, calls):
+        raise RuntimeError("no CUDA graphs on a CPU")
 
     def python_sample(self, trial):
         trial.prepare()

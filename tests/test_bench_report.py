@@ -5,10 +5,10 @@ import math
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from bench_fakes import SlowGpu
 
 from m3kernels.bench import gate, measure, ops, peers, report_tables, targets
 from m3kernels.bench.cases import BOTH, CASES, OPS, Case
@@ -63,26 +63,6 @@ def test_eager_and_ours_pass_the_gate(op):
             verdict = ops.verdict(me, entered["eager"], direction, OPS[op])
             assert verdict.status == gate.OK, f"{me.name} {direction}: {verdict.reason}"
     assert not any(me.overwrites for me in entered.values())
-
-
-class SlowGpu(measure.Gpu):
-    """The GPU's part played by the CPU's clock, with graphs that cannot be captured."""
-
-    def __init__(self):
-        self.device = CPU
-
-    def python_sample(self, trial):
-        trial.prepare()
-        begun = time.perf_counter()
-        trial.run()
-        return 1e3 * (time.perf_counter() - begun), 1.0
-
-    def capture(self, trial, calls):
-        raise RuntimeError("no CUDA graphs on a CPU")
-
-    def peak_bytes(self, trial):
-        trial.run()
-        return 1 << 20
 
 
 @compiled_only
