@@ -14,14 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from m3kernels.bench import measure, model_run
-from m3kernels.bench.model_run import ALL, FAILED, OK, SKIPPED, WRONG
+from m3kernels.bench.model_run import FAILED, OK, SKIPPED, WRONG
 from m3kernels.bench.model_shapes import PAD_TOKEN, SEED, SIZES, Size, build, decode_bytes, weight_bytes
 from m3kernels.bench.peers import OURS
 from m3kernels.bench.train_peers import Part, become, ours, own_attributes
@@ -275,7 +274,7 @@ def row_of(cell: Cell, me: Entry, weights: int, ceilings: dict) -> dict:
 
 
 def cells_of(size: tuple[str, ...], quick: bool, only: str = "") -> list[Cell]:
-    return [cell for cell in CELLS if cell.size in size and (cell.quick or not quick) and only in cell.label]
+    return model_run.chosen_cells(CELLS, size, quick, only)
 
 
 def bench_decode(
@@ -298,20 +297,15 @@ def bench_decode(
         only: only cells with this in their label, like "batch 16".
     """
     chosen, repeats = tuple(PEERS) if peers is None else peers, 2 if quick else 3
-    for name, cells in groupby(cells_of(size, quick, only), lambda c: c.size):
-        model = None
-        for cell in cells:
-            if model_run.late(deadline):
-                yield base_row(cell, ALL, SKIPPED, "the time was over before it began")
-                continue
-            try:
-                if model is None:
-                    model = build(SIZES[name], "text", gpu.device).eval()
-                yield from bench_cell(cell, model, gpu, ceilings, chosen, repeats, deadline)
-            except Exception as error:  # what breaks a whole cell (no memory for the model, say) is one row
-                yield base_row(cell, ALL, *model_run.outcome(error))
-        del model
-        model_run.free(gpu.device)
+
+    def make(cell: Cell) -> nn.Module:
+        return build(SIZES[cell.size], "text", gpu.device).eval()
+
+    def run(cell: Cell, model: nn.Module) -> Iterator[dict]:
+        return bench_cell(cell, model, gpu, ceilings, chosen, repeats, deadline)
+
+    cells = cells_of(size, quick, only)
+    yield from model_run.run_cells(cells, lambda cell: cell.size, make, run, base_row, gpu.device, deadline)
 
 
 def show(row: dict) -> str:

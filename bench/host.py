@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from m3kernels.bench import measure, peers, train_peers
 from m3kernels.bench.cases import OPS
+from m3kernels.bench.model_shapes import Size, build
 from m3kernels.bench.spec import Shape
 
 FORWARD, BOTH = "forward", "forward+backward"
 LAYER = "decoder layer"
+SMALL = Size(layers=1, hidden=256, intermediate=512, heads=4, kv_heads=2, vocab=1024)
 LAYER_PEERS = ("hf", "hf+liger", peers.OURS)
 # small enough for a few microseconds of GPU time a kernel
 SHAPES: dict[str, Shape] = {
@@ -91,15 +93,7 @@ def layer_trials(model: nn.Module, device: torch.device) -> dict[str, Callable[[
 
 def small_model(device: torch.device) -> nn.Module:
     """One layer of the real structure, small; random weights."""
-    from transformers import Ministral3Config, Ministral3ForCausalLM
-
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
-    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    sizes = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
-    config = Ministral3Config(**sizes, **heads, rope_parameters=rope, max_position_embeddings=262144)
-    torch.manual_seed(1)
-    return Ministral3ForCausalLM(config).to(device, torch.bfloat16).train()
+    return build(SMALL, "text", device).train()
 
 
 def _row(what: str, peer: str, which: str, samples: list[float]) -> dict:

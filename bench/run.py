@@ -130,7 +130,7 @@ def with_bar(rows: Iterator[dict], suite: str) -> Iterator[dict]:
 
 def main_of(suite: str, argv: list[str] | None = None) -> int:
     """The command line of one suite by itself."""
-    description = sys.modules[f"m3kernels.bench.{suite}"].__doc__ if f"m3kernels.bench.{suite}" in sys.modules else None
+    description = sys.modules[f"m3kernels.bench.{suite}"].__doc__
     parser = argparse.ArgumentParser(prog=f"python -m m3kernels.bench.{suite}", description=description)
     add_arguments(parser, [suite])
     return run([suite], parser.parse_args(argv))

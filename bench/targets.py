@@ -168,14 +168,6 @@ class Verdict:
     def ratio_holds(self) -> bool | None:
         return self._must("ratio")
 
-    @property
-    def memory_holds(self) -> bool | None:
-        return self._must("memory")
-
-    @property
-    def dweight_holds(self) -> bool | None:
-        return self._must("dweight")
-
     def missed(self, which: str) -> list[str]:
         """The terms in which ``must`` or ``goal`` is missed."""
         return self._terms(which, False)

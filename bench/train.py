@@ -10,13 +10,12 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from m3kernels.bench import measure, model_run
-from m3kernels.bench.model_run import ALL, FAILED, OK, OOM, SKIPPED, WRONG
+from m3kernels.bench.model_run import FAILED, OK, OOM, SKIPPED, WRONG
 from m3kernels.bench.model_shapes import SIZES, adapt, build, make_batch, step_flops, weight_bytes
 from m3kernels.bench.ops import GEMM_CEILING
 from m3kernels.bench.train_peers import PEERS, attention_of, become, default_peers, loss_by_chunks
@@ -298,7 +297,7 @@ def _finite(value: float) -> float | None:
 
 
 def cells_of(size: tuple[str, ...], quick: bool, only: str = "") -> list[Cell]:
-    return [cell for cell in CELLS if cell.size in size and (cell.quick or not quick) and only in cell.label]
+    return model_run.chosen_cells(CELLS, size, quick, only)
 
 
 def _model_of(cell: Cell) -> tuple[str, str, str]:
@@ -326,20 +325,15 @@ def bench_train(
     """
     chosen = default_peers(quick) if peers is None else peers
     budget = QUICK if quick else FULL
-    for (name, modality, mode), cells in groupby(cells_of(size, quick, only), _model_of):
-        model = None
-        for cell in cells:
-            if model_run.late(deadline):
-                yield base_row(cell, ALL, SKIPPED, "the time was over before it began")
-                continue
-            try:
-                if model is None:
-                    model = adapt(build(SIZES[name], modality, gpu.device), mode).train()
-                yield from bench_cell(cell, model, gpu, ceilings, budget, chosen, deadline)
-            except Exception as error:  # what breaks a whole cell (no memory for the model, say) is one row
-                yield base_row(cell, ALL, *model_run.outcome(error))
-        del model
-        model_run.free(gpu.device)
+
+    def make(cell: Cell) -> nn.Module:
+        return adapt(build(SIZES[cell.size], cell.modality, gpu.device), cell.mode).train()
+
+    def run(cell: Cell, model: nn.Module) -> Iterator[dict]:
+        return bench_cell(cell, model, gpu, ceilings, budget, chosen, deadline)
+
+    cells = cells_of(size, quick, only)
+    yield from model_run.run_cells(cells, _model_of, make, run, base_row, gpu.device, deadline)
 
 
 def show(row: dict) -> str:
