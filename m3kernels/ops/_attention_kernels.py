@@ -44,6 +44,27 @@ def _visible(o_q, o_k, q_len, k_len, window, CAUSAL: tl.constexpr, WINDOW: tl.co
 
 
 @triton.jit
+def softmax_step(b_top, b_sum, b_out, scores, b_v, PRECISION: tl.constexpr):
+    """Takes one tile of base-2 scores (rows, keys) into the running maximum, sum and weighted values of the rows."""
+    new_top = tl.maximum(b_top, tl.max(scores, axis=1))
+    # a row that has seen nothing yet has no maximum to subtract
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    p = tl.math.exp2(scores - safe[:, None])
+    shrink = tl.math.exp2(b_top - safe)
+    b_sum = b_sum * shrink + tl.sum(p, axis=1)
+    b_out = b_out * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
+    return new_top, b_sum, b_out
+
+
+@triton.jit
+def softmax_end(b_top, b_sum, b_out):
+    """(out, log-sum-exp in base 2); a row that has seen nothing gets 0 and -inf."""
+    empty = b_sum == 0.0
+    lse = tl.where(empty, -float("inf"), b_top + tl.math.log2(tl.where(empty, 1.0, b_sum)))
+    return b_out / tl.where(empty, 1.0, b_sum)[:, None], lse
+
+
+@triton.jit
 def attention_fwd_kernel(
     p_q,
     p_k,
@@ -125,18 +146,9 @@ def attention_fwd_kernel(
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
         seen = _visible(o_q[:, None], o_k[None, :], q_len, k_len, window, CAUSAL, WINDOW)
         scores = tl.where(seen, scores, -float("inf"))
-        new_top = tl.maximum(b_top, tl.max(scores, axis=1))
-        # a row that has seen nothing yet has no maximum to subtract
-        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-        p = tl.math.exp2(scores - safe[:, None])
-        shrink = tl.math.exp2(b_top - safe)
-        b_sum = b_sum * shrink + tl.sum(p, axis=1)
-        b_out = b_out * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
-        b_top = new_top
+        b_top, b_sum, b_out = softmax_step(b_top, b_sum, b_out, scores, b_v, PRECISION)
 
-    empty = b_sum == 0.0
-    b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
-    lse = tl.where(empty, -float("inf"), b_top + tl.math.log2(tl.where(empty, 1.0, b_sum)))
+    b_out, lse = softmax_end(b_top, b_sum, b_out)
     p_out += at * out_batch_stride + head.to(tl.int64) * out_head_stride + q_first * out_seq_stride
     mask = (o_q < q_len)[:, None] & (o_dim < DIM)[None, :]
     rows = o_q.to(tl.int64)[:, None] * out_seq_stride

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.ops._attention_kernels import LOG2E
+from m3kernels.ops._attention_kernels import LOG2E, softmax_end, softmax_step
 from m3kernels.ops._common import launch, next_power_of_2, sm_count, use_triton
 from m3kernels.ops._triton import tl, triton
 
@@ -100,18 +100,9 @@ def attention_decode_kernel(
         if WINDOW:
             seen &= o_k[None, :] >= (seen_keys - window)[:, None]
         scores = tl.where(seen, scores, -float("inf"))
-        new_top = tl.maximum(b_top, tl.max(scores, axis=1))
-        # a row that has seen nothing yet has no maximum to subtract
-        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-        p = tl.math.exp2(scores - safe[:, None])
-        shrink = tl.math.exp2(b_top - safe)
-        b_sum = b_sum * shrink + tl.sum(p, axis=1)
-        b_out = b_out * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
-        b_top = new_top
+        b_top, b_sum, b_out = softmax_step(b_top, b_sum, b_out, scores, b_v, PRECISION)
 
-    empty = b_sum == 0.0
-    b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
-    lse = tl.where(empty, -float("inf"), b_top + tl.math.log2(tl.where(empty, 1.0, b_sum)))
+    b_out, lse = softmax_end(b_top, b_sum, b_out)
     # partial results lie (batch, kv_head, row, split, dim): what one row combines is together
     o_out = ((at * tl.num_programs(1) + kv_head) * (GROUP * NEW) + o_row) * splits + split
     tl.store(p_partial + o_out[:, None] * DIM + o_dim[None, :], b_out, mask=m_q)
