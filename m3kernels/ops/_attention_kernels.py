@@ -187,6 +187,15 @@ def attention_delta_kernel(
 
 
 @triton.jit
+def _softmax_bwd(b_q, b_k, b_v, b_dout, lse, delta, seen, to_base2, PRECISION: tl.constexpr):
+    """(p, ds) of one tile (queries, keys), from the saved log-sum-exp and delta."""
+    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
+    p = tl.where(seen, tl.math.exp2(scores - lse[:, None]), 0.0)
+    dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+    return p, p * (dp - delta[:, None])
+
+
+@triton.jit
 def attention_bwd_dkdv_kernel(
     p_q,
     p_k,
@@ -270,12 +279,9 @@ def attention_bwd_dkdv_kernel(
                 b_dout = _load_rows(p_dout_head, o_q, q_len, dout_seq_stride, o_dim, DIM)
                 lse = tl.load(p_lse + o_lse + o_q, mask=o_q < q_len, other=0.0)
                 delta = tl.load(p_delta + o_lse + o_q, mask=o_q < q_len, other=0.0)
-                scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
                 seen = _visible(o_q[:, None], o_k[None, :], q_len, k_len, window, CAUSAL, WINDOW)
-                p = tl.where(seen, tl.math.exp2(scores - lse[:, None]), 0.0)
+                p, ds = _softmax_bwd(b_q, b_k, b_v, b_dout, lse, delta, seen, to_base2, PRECISION)
                 b_dv += tl.dot(tl.trans(b_dout), p.to(b_dout.dtype), input_precision=PRECISION)
-                dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-                ds = p * (dp - delta[:, None])
                 b_dk += tl.dot(tl.trans(b_q), ds.to(b_q.dtype), input_precision=PRECISION)
                 if ADDS_DQ:
                     part = tl.dot(ds.to(b_k.dtype), b_k, input_precision=PRECISION)
@@ -362,11 +368,8 @@ def attention_bwd_dq_kernel(
             o_k = start_k + tl.arange(0, BLOCK_K)
             b_k = _load_rows(p_k, o_k, k_len, k_seq_stride, o_dim, DIM)
             b_v = _load_rows(p_v, o_k, k_len, v_seq_stride, o_dim, DIM)
-            scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
             seen = _visible(o_q[:, None], o_k[None, :], q_len, k_len, window, CAUSAL, WINDOW)
-            p = tl.where(seen, tl.math.exp2(scores - lse[:, None]), 0.0)
-            dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-            ds = p * (dp - delta[:, None])
+            p, ds = _softmax_bwd(b_q, b_k, b_v, b_dout, lse, delta, seen, to_base2, PRECISION)
             b_dq += tl.dot(ds.to(b_k.dtype), b_k, input_precision=PRECISION)
 
         p_dq += at * dq_batch_stride + head.to(tl.int64) * dq_head_stride + q_first * dq_seq_stride
