@@ -84,10 +84,10 @@ SHAPES = [
     Shape("packed window", 1, 4, 2, 77, 77, 32, window=7, packed=((5, 35, 37),)),
 ]
 REAL = [
-    Shape("4k", 4, 32, 8, 4096, 4096, 128),
-    Shape("odd length", 1, 32, 8, 3001, 3001, 128),
+    Shape("4k", 2, 8, 2, 4096, 4096, 128),
+    Shape("odd length", 1, 16, 4, 3001, 3001, 128),
     Shape("cache", 1, 32, 8, 257, 4099, 128),
-    Shape("window", 1, 32, 8, 4096, 4096, 128, window=1000),
+    Shape("window", 1, 16, 4, 4096, 4096, 128, window=1000),
     Shape("packed", 1, 32, 8, 6000, 6000, 128, packed=((1, 2047, 952, 3000),)),
     Shape("Pixtral tower", 1, 16, 16, 5000, 5000, 64, causal=False, packed=((1200, 3025, 775),)),
     Shape("head_dim 256", 1, 8, 2, 1025, 1025, 256),
