@@ -3,11 +3,9 @@
     out = softmax(scale * q k^T over the first ``lengths[b]`` keys, causal among the new tokens) v
 
 One program takes one key/value head of one sequence and one stretch of its keys; the H / G query heads that share the head and
-the N new tokens are the rows of one small matrix product. Partial results and their log-sum-exps (base 2, fp32) go to memory
-and are combined in a fixed order. How many stretches there are depends on shapes only, how long they are on ``lengths``,
+the N new tokens are the rows of one small matrix product. Partial results and their log-sum-exps (fp32) go to memory
+and are combined in a fixed order. How many stretches there are depends on shapes only, how long they are on the lengths,
 which stay on the device: a CUDA graph may replay the call while the cache fills.
-
-Not exported yet: checked in Triton's interpreter and compiled for sm_90a, not run on a GPU (docs/performance.md will say when).
 """
 
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.ops._attention_kernels import LOG2E, softmax_end, softmax_step
+from m3kernels.ops._attention_kernels import LOG2E, load_rows, softmax_end, softmax_step
+from m3kernels.ops._attention_triton import dense, like
 from m3kernels.ops._common import launch, next_power_of_2, sm_count, use_triton
 from m3kernels.ops._triton import tl, triton
 
@@ -25,7 +24,7 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Keys of one tile, warps, load stages, and programs wanted on each SM. To be measured."""
+    """Keys of one tile, warps, load stages, and programs wanted on each SM."""
 
     keys: int = 64
     warps: int = 4
@@ -36,12 +35,13 @@ class DecodeConfig:
 CONFIG = DecodeConfig()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_k", "window"])
 def attention_decode_kernel(
     p_q,
     p_k,
     p_v,
     p_length,
+    p_ranges,
     p_partial,
     p_lse,
     q_batch_stride,
@@ -53,6 +53,7 @@ def attention_decode_kernel(
     v_batch_stride,
     v_head_stride,
     v_seq_stride,
+    seq_k,
     scale,
     window,
     NEW: tl.constexpr,
@@ -62,11 +63,12 @@ def attention_decode_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    RANGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, at = tl.num_programs(0), tl.program_id(2).to(tl.int64)
-    length = tl.load(p_length + batch).to(tl.int32)
     # row r is new token r % NEW of the group's head r // NEW
     o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
     token, m_row = o_row % NEW, o_row < GROUP * NEW
@@ -74,14 +76,22 @@ def attention_decode_kernel(
     o_q = at * q_batch_stride + head * q_head_stride + token.to(tl.int64) * q_seq_stride
     m_q = m_row[:, None] & (o_dim < DIM)[None, :]
     b_q = tl.load(p_q + o_q[:, None] + o_dim[None, :], mask=m_q, other=0.0)
-    # the last new token sees all keys, the one before all but the last
-    seen_keys = length - NEW + 1 + token
-    first_key = 0
-    if WINDOW:
-        first_key = tl.maximum(0, length - NEW + 1 - window) // BLOCK_K * BLOCK_K
-    stretch = tl.cdiv(tl.cdiv(length - first_key, splits), BLOCK_K) * BLOCK_K
+    if RANGES:
+        lo = tl.maximum(tl.load(p_ranges + (at * NEW + token) * 2), 0)
+        hi = tl.minimum(tl.load(p_ranges + (at * NEW + token) * 2 + 1), seq_k)
+    else:
+        length = seq_k
+        if LENGTHS:
+            length = tl.load(p_length + batch).to(tl.int32)
+        # the last new token sees all keys, the one before all but the last
+        hi = length - NEW + 1 + token
+        lo = tl.zeros_like(hi)
+        if WINDOW:
+            lo = tl.maximum(hi - window, 0)
+    first_key, last_key = tl.min(lo, axis=0) // BLOCK_K * BLOCK_K, tl.max(hi, axis=0)
+    stretch = tl.cdiv(tl.cdiv(last_key - first_key, splits), BLOCK_K) * BLOCK_K
     begin = first_key + split * stretch
-    end = tl.minimum(begin + stretch, length)
+    end = tl.minimum(begin + stretch, last_key)
 
     p_k += at * k_batch_stride + kv_head.to(tl.int64) * k_head_stride
     p_v += at * v_batch_stride + kv_head.to(tl.int64) * v_head_stride
@@ -91,16 +101,13 @@ def attention_decode_kernel(
     b_out = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     for start in range(begin, end, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)
-        mask = (o_k < end)[:, None] & (o_dim < DIM)[None, :]
-        rows = o_k.to(tl.int64)[:, None]
-        b_k = tl.load(p_k + rows * k_seq_stride + o_dim[None, :], mask=mask, other=0.0)
-        b_v = tl.load(p_v + rows * v_seq_stride + o_dim[None, :], mask=mask, other=0.0)
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * to_base2
-        seen = (o_k[None, :] < seen_keys[:, None]) & (o_k < end)[None, :]
-        if WINDOW:
-            seen &= o_k[None, :] >= (seen_keys - window)[:, None]
+        # what lies behind the last key is anything, NaN included
+        b_k = load_rows(p_k, o_k, end, k_seq_stride, o_dim, DIM, True)
+        b_v = load_rows(p_v, o_k, end, v_seq_stride, o_dim, DIM, True)
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        seen = (o_k[None, :] >= lo[:, None]) & (o_k[None, :] < tl.minimum(hi, end)[:, None])
         scores = tl.where(seen, scores, -float("inf"))
-        b_top, b_sum, b_out = softmax_step(b_top, b_sum, b_out, scores, b_v, PRECISION)
+        b_top, b_sum, b_out = softmax_step(b_top, b_sum, b_out, scores, to_base2, b_v, PRECISION)
 
     b_out, lse = softmax_end(b_top, b_sum, b_out)
     # partial results lie (batch, kv_head, row, split, dim): what one row combines is together
@@ -123,13 +130,13 @@ def attention_combine_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_SPLIT: tl.constexpr,
 ):
-    """One row: the partial results weighted by 2 ** (their lse - the largest)."""
+    """One row: the partial results weighted by exp(their lse - the largest)."""
     batch, head, token = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
     row = (batch * tl.num_programs(1) + head) * NEW + token
     o_split, o_dim = tl.arange(0, BLOCK_SPLIT), tl.arange(0, BLOCK_DIM)
     lse = tl.load(p_lse + row * splits + o_split, mask=o_split < splits, other=-float("inf"))
     top = tl.max(lse, axis=0)
-    weight = tl.math.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
+    weight = tl.math.exp2((lse - tl.where(top == -float("inf"), 0.0, top)) * LOG2E)
     total = tl.sum(weight, axis=0)
     mask = (o_split < splits)[:, None] & (o_dim < DIM)[None, :]
     partial = tl.load(p_partial + (row * splits + o_split)[:, None] * DIM + o_dim[None, :], mask=mask, other=0.0)
@@ -146,24 +153,34 @@ def splits_for(sequences: int, kv_heads: int, keys: int, multiprocessors: int, c
     return 1 << (n.bit_length() - 1)
 
 
+def _ranges(q: Tensor, k_cache: Tensor, lengths: Tensor | None, window: int | None) -> Tensor:
+    """(B, N, 2): the keys [lo, hi) that each new token sees."""
+    batch, new = q.shape[0], q.shape[2]
+    lengths = torch.full((batch,), k_cache.shape[2], device=q.device) if lengths is None else lengths.long()
+    hi = lengths[:, None] - new + 1 + torch.arange(new, device=q.device)
+    lo = torch.zeros_like(hi) if window is None else (hi - window).clamp(min=0)
+    return torch.stack([lo, hi], dim=-1)
+
+
 def attention_decode_reference(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     *,
+    key_ranges: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Plain PyTorch over the whole cache with a mask; softmax in fp32 at least."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group, new = q.shape[1] // k_cache.shape[1], q.shape[2]
+    group = q.shape[1] // k_cache.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k_cache, v_cache))
+    ranges = _ranges(q, k_cache, lengths, window) if key_ranges is None else key_ranges
     key = torch.arange(k.shape[2], device=q.device)
-    last = (lengths.long()[:, None] - new + torch.arange(new, device=q.device))[..., None]
-    seen = (key <= last) & (key > last - window if window is not None else True)
-    # what lies behind a sequence's end is anything, NaN included
-    filled = (key < lengths.long()[:, None])[:, None, :, None]
+    seen = (key >= ranges[..., :1]) & (key < ranges[..., 1:])
+    # what nobody sees is anything, NaN included
+    filled = seen.any(dim=1)[:, None, :, None]
     k, v = torch.where(filled, k, 0), torch.where(filled, v, 0)
     scores = ((q @ k.transpose(-1, -2)) * scale).to(torch.promote_types(q.dtype, torch.float32))
     p = torch.softmax(scores.masked_fill(~seen[:, None], -float("inf")), dim=-1).nan_to_num(0.0)
@@ -174,8 +191,9 @@ def attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     *,
+    key_ranges: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -184,11 +202,13 @@ def attention_decode(
 
     Args:
         q: (B, H, N, D), 1 to 16 new tokens, in fp32, bf16 or fp16, any strides with a dense last dimension.
-        k_cache, v_cache: (B, G, T, D) static caches, H a multiple of G; only the first ``lengths[b]`` keys are read.
-        lengths: (B,) integers on the device: keys in the cache, the new tokens' included. Never read by the host. A new
-            token that no key is left for (``lengths[b]`` < N) gives 0.
+        k_cache, v_cache: (B, G, T, D) caches, H a multiple of G; only the first ``lengths[b]`` keys are read.
+        lengths: (B,) integers on the device: keys in the cache, the new tokens' included; None: all T. Never read by the
+            host. A new token that no key is left for (``lengths[b]`` < N) gives 0.
+        key_ranges: (B, N, 2) int32 on the device in place of ``lengths`` and ``window``: each new token sees keys lo to
+            hi - 1 (caches with padding on the left).
         window: how many keys a token sees, itself included; None: all.
-        scale: of the scores; None: D ** -0.5.
+        scale: of the scores, positive; None: D ** -0.5.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -197,10 +217,17 @@ def attention_decode(
     Raises:
         ValueError: shapes or dtypes that do not fit; tensors that require a gradient.
     """
-    shapes = f"got q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}"
-    fits = q.dim() == 4 and k_cache.dim() == 4 and k_cache.shape == v_cache.shape and q.shape[::3] == k_cache.shape[::3]
-    if not fits or lengths.shape != q.shape[:1] or lengths.is_floating_point():
-        raise ValueError(f"attention_decode: needs q (B, H, N, D), caches (B, G, T, D), integer lengths (B,), {shapes}")
+    shapes = f"got q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+    if q.dim() != 4 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or q.shape[::3] != k_cache.shape[::3]:
+        raise ValueError(f"attention_decode: needs q (B, H, N, D) and caches (B, G, T, D), {shapes}")
+    if lengths is not None and (lengths.shape != q.shape[:1] or lengths.is_floating_point()):
+        raise ValueError(f"attention_decode: lengths must be integers (B,), got {tuple(lengths.shape)}, {shapes}")
+    if key_ranges is not None and (key_ranges.shape != (q.shape[0], q.shape[2], 2) or key_ranges.dtype != torch.int32):
+        raise ValueError(
+            f"attention_decode: key_ranges must be (B, N, 2) int32, got {tuple(key_ranges.shape)} {key_ranges.dtype}, {shapes}"
+        )
+    if key_ranges is not None and lengths is not None:
+        raise ValueError("attention_decode: key_ranges and lengths exclude each other")
     if k_cache.shape[1] == 0 or q.shape[1] % k_cache.shape[1] or q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"attention_decode: H must be a multiple of G and D at most {MAX_HEAD_DIM}, {shapes}")
     if not 1 <= q.shape[2] <= MAX_NEW_TOKENS:
@@ -209,19 +236,27 @@ def attention_decode(
         raise ValueError(f"attention_decode: one dtype, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"attention_decode: a window holds at least 1 key, got {window}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"attention_decode: scale must be positive, got {scale}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
         raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention()")
     if not use_triton("attention_decode", backend, q, k_cache, v_cache):
-        return attention_decode_reference(q, k_cache, v_cache, lengths, window=window, scale=scale)
-    return _launch(q, k_cache, v_cache, lengths, window or 0, q.shape[-1] ** -0.5 if scale is None else scale)
+        masks = {"key_ranges": key_ranges, "window": window, "scale": scale}
+        return attention_decode_reference(q, k_cache, v_cache, lengths, **masks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        return torch.ops.m3kernels.attention_decode(q, k_cache, v_cache, lengths, key_ranges, window or 0, scale)
+    return _launch(q, k_cache, v_cache, lengths, key_ranges, window or 0, scale)
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale: float) -> Tensor:
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, ranges: Tensor | None, window: int, scale: float
+) -> Tensor:
     (batch, heads, new, dim), kv_heads = q.shape, k.shape[1]
-    out = q.new_empty((batch, new, heads, dim)).transpose(1, 2)
+    out = like(q)
     if out.numel() == 0:
         return out
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = dense(q), dense(k), dense(v)
     group = heads // kv_heads
     splits = splits_for(batch, kv_heads, min(k.shape[2], window + new) if window else k.shape[2], sm_count(q.device))
     partial = torch.empty((batch, heads, new, splits, dim), dtype=torch.float32, device=q.device)
@@ -231,8 +266,8 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale
         "attention_decode",
         attention_decode_kernel,
         (splits, kv_heads, batch),
-        *(q, k, v, lengths, partial, lse),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale, window),
+        *(q, k, v, lse if lengths is None else lengths, lse if ranges is None else ranges, partial, lse),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], k.shape[2], scale, window),
         NEW=new,
         GROUP=group,
         ROWS=max(16, next_power_of_2(group * new)),
@@ -240,6 +275,8 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale
         BLOCK_DIM=block_dim,
         BLOCK_K=CONFIG.keys,
         WINDOW=window > 0,
+        LENGTHS=lengths is not None,
+        RANGES=ranges is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=CONFIG.warps,
         num_stages=CONFIG.stages,
@@ -248,3 +285,6 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale
     grid = (new, heads, batch)
     launch("attention_decode", attention_combine_kernel, grid, partial, lse, out, *out.stride()[:3], splits, **meta)
     return out
+
+
+torch.library.custom_op("m3kernels::attention_decode", _launch, mutates_args=()).register_fake(lambda q, *_: like(q))

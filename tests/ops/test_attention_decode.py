@@ -111,7 +111,7 @@ def test_a_graph_follows_the_lengths():
     ("change", "message"),
     [
         (lambda q, k, v, n: (q, k, v[..., :8], n), "needs q"),
-        (lambda q, k, v, n: (q, k, v, n.float()), "integer lengths"),
+        (lambda q, k, v, n: (q, k, v, n.float()), "must be integers"),
         (lambda q, k, v, n: (q[:, :3], k, v, n), "multiple of G"),
         (lambda q, k, v, n: (q.expand(-1, -1, 17, -1), k, v, n), "1 to 16 new tokens"),
         (lambda q, k, v, n: (q.half(), k, v, n), "one dtype"),
