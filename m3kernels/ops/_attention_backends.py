@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from m3kernels.ops._attention_triton import Problem, dense
 from m3kernels.ops._triton import INTERPRET
 
 aten = torch.ops.aten
+# the Triton whose Gluon the Hopper kernels are written in
+GLUON_OF = "3.6."
 # cuDNN builds a plan for every new shape, 25 to 40 ms of host work: a shape must come back this often to be worth one
 # (a 26-layer model asks for its shape 26 times in one forward)
 CUDNN_AFTER = 32
@@ -204,17 +207,52 @@ def _fa4_backward(dout, q, k, v, out, lse, problem: Problem):
     return _heads_first(problem, *grads[:3])
 
 
+@functools.cache
+def _hopper():
+    return importlib.import_module("m3kernels.ops._attention_hopper_bwd")
+
+
+@functools.cache
+def _hopper_missing(device: torch.device) -> str:
+    if _capability(device) != (9, 0):
+        return "written for compute capability 9.0"
+    if not version("triton").startswith(GLUON_OF):
+        return f"Gluon changes between releases: written for triton {GLUON_OF}x"
+    try:
+        _hopper()
+    except Exception as error:
+        return f"Gluon cannot be imported ({type(error).__name__}: {error})"
+    return ""
+
+
+def _hopper_cannot(direction: str, q: Tensor, k: Tensor, problem: Problem) -> str:
+    if direction == "forward":
+        return "a backward only"
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] != 128:
+        return f"takes bf16 and fp16 at head_dim 128, not {q.dtype} at {q.shape[3]}"
+    if problem.ranges is not None:
+        return "key ranges by value"
+    return "gradients by atomics" if problem.deterministic else ""
+
+
 BACKENDS = {
     b.name: b
     for b in (
         Backend("triton", _always, _always, own.forward, own.backward),
+        Backend(
+            "hopper",
+            _hopper_missing,
+            _hopper_cannot,
+            own.forward,
+            lambda *given: _hopper().backward(*given),
+        ),
         Backend("fa4", _fa4_missing, _fa4_cannot, _fa4_forward, _fa4_backward),
         Backend("flash", _torch_flash_missing, _torch_flash_cannot, _torch_flash_forward, _torch_flash_backward),
         Backend("cudnn", _cudnn_missing, _cudnn_cannot, _cudnn_forward, _cudnn_backward),
     )
 }
 # where nothing was measured: by generation
-UNMEASURED = ("fa4", "cudnn", "triton", "flash")
+UNMEASURED = ("fa4", "hopper", "cudnn", "triton", "flash")
 
 
 def mask_kind(problem: Problem) -> str:

@@ -194,8 +194,8 @@ def attention(
             padding, or a static cache that is filled in part. Never read by the host.
         return_lse: also return the log-sum-exp of the scaled scores, (B, H, S) in fp32, without a gradient.
         deterministic: whether gradients are the same bits on every run; None: as torch.use_deterministic_algorithms says.
-        backend: "auto" takes the fastest that computes this case exactly; "reference" is plain PyTorch; "triton", "fa4",
-            "fa3", "flash" (PyTorch's own FlashAttention-2) and "cudnn" are that one or an error.
+        backend: "auto" takes the fastest that computes this case exactly; "reference" is plain PyTorch; "triton",
+            "hopper", "fa4", "flash" (PyTorch's own FlashAttention-2) and "cudnn" are that one or an error.
 
     Returns:
         (B, H, S, D), a view of (B, S, H, D) memory. Differentiable once in q, k and v.
