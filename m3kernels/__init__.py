@@ -7,5 +7,12 @@ print(report)
 
 from m3kernels.patching import PatchReport, is_patched, patch, patched, unpatch
 
+try:
+    from m3kernels.patching.attention import register
+except ImportError:  # without transformers there is nobody to name our attention
+    pass
+else:
+    register()  # from_pretrained(..., attn_implementation="m3kernels")
+
 __version__ = "0.1.0"
 __all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]

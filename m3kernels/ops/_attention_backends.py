@@ -317,3 +317,38 @@ def choose(direction: str, asked: str, q: Tensor, k: Tensor, problem: Problem) -
             continue
         return backend
     return BACKENDS["triton"]
+
+
+# shape classes that a report tells apart: (name, query shape, masks); 4096 tokens, heads as in the 3B
+CLASSES = (
+    ("causal", (1, 32, 4096, 128), {"causal": True}),
+    ("window", (1, 32, 4096, 128), {"causal": True, "window": 4096}),
+    ("packed", (1, 32, 4096, 128), {"causal": True, "packed": True}),
+    ("images", (1, 16, 4096, 64), {"packed": True}),
+)
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """For each shape class, which backend computes it on a device, and why those that are faster do not."""
+    lines = []
+    for name, shape, masks in CLASSES:
+        q = torch.empty(shape, dtype=dtype, device="meta")
+        cu = torch.empty(9, dtype=torch.int32, device="meta") if masks.get("packed") else None
+        flags = torch.are_deterministic_algorithms_enabled()
+        problem = Problem(
+            cu, cu, None, shape[2], shape[2], masks.get("causal", False), masks.get("window", 0), 1.0, flags
+        )
+        said = []
+        for direction in ("forward", "backward"):
+            why, capability = [], "{}.{}".format(*_capability(device))
+            for backend in (
+                BACKENDS[b] for b in ranking(direction, capability, mask_kind(problem), shape[3], shape[2])
+            ):
+                reason = backend.missing(device) or backend.cannot(direction, q, q, problem)
+                if not reason:
+                    settled = f" (from call {CUDNN_AFTER + 1} of a shape on)" if backend.name == "cudnn" else ""
+                    said.append(f"{direction} {backend.name}{settled}" + (f" [{'; '.join(why)}]" if why else ""))
+                    break
+                why.append(f"{backend.name}: {reason}")
+        lines.append(f"{name}: {', '.join(said)}")
+    return [*lines, "padding, static caches: triton", "up to 16 new tokens: triton (split along the keys)"]

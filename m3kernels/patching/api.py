@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from m3kernels.ops._common import HAS_TRITON, why_no_triton
-from m3kernels.patching.classes import fuse, fused_class, is_fused
-from m3kernels.patching.report import PatchReport, Skip, restore
+from m3kernels.patching.classes import fuse, fused_class, is_fused, is_switched, switch_attention
+from m3kernels.patching.report import PatchReport, Skip, changed_by_patches, restore
 
 OLDEST_TRANSFORMERS = (5, 17)
 
@@ -114,6 +114,23 @@ def _drop_lonely_tables(todo: list, skipped: list[Skip]) -> list:
     return kept
 
 
+def _attention_modules(base: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[Skip]]:
+    """(attention modules to point to our attention, those that keep theirs)."""
+    from m3kernels.patching.rules import ATTENTION_MODULES
+
+    todo, skipped = [], []
+    for name, module in base.named_modules():
+        if is_switched(module) or not any(
+            (c.__module__, c.__name__) in ATTENTION_MODULES for c in type(module).__mro__
+        ):
+            continue
+        if module.config.output_attentions:
+            skipped.append(Skip("attention", name, "config.output_attentions wants weights, which eager attention has"))
+        else:
+            todo.append((name, module))
+    return todo, skipped
+
+
 def _backend(base: nn.Module) -> str:
     """What the ops will run on, judged by the model's first parameter."""
     parameter = next(base.parameters(), torch.empty(0))
@@ -124,6 +141,16 @@ def _backend(base: nn.Module) -> str:
     if parameter.dtype == torch.float64:
         return "reference (model in float64)"
     return "triton"
+
+
+def _describe_attention(base: nn.Module) -> list[str]:
+    """Which backend each shape class takes, as far as the model's device says."""
+    from m3kernels.ops._attention_backends import explain
+
+    parameter = next(base.parameters(), torch.empty(0))
+    if parameter.device.type != "cuda" or why_no_triton("cuda"):
+        return ["attention by m3kernels on a GPU; elsewhere by the implementation that the model had"]
+    return ["attention by shape class:", *("  " + line for line in explain(parameter.device, parameter.dtype))]
 
 
 def patch(
@@ -139,8 +166,10 @@ def patch(
     Args:
         model: ``Ministral3ForCausalLM``, ``Mistral3ForConditionalGeneration``, one of their inner models or heads, or
             any of these inside PEFT, DDP or ``torch.compile`` wrappers.
-        ops: "all", or any of "rms_norm", "add_rms_norm", "rotary", "rotary_2d", "swiglu", "linear_cross_entropy".
-        attention: "auto" keeps the model's own attention implementation.
+        ops: "all", or any of "rms_norm", "add_rms_norm", "rotary", "rotary_2d", "attention", "swiglu",
+            "linear_cross_entropy".
+        attention: "auto" sets the configs' attention implementation to ours, which takes the fastest backend that is
+            right for a call; "keep" keeps the model's own.
         strict: raise when a class differs from what its rule was written for, instead of leaving it unfused.
 
     Returns:
@@ -150,15 +179,15 @@ def patch(
         PatchError: another architecture, a transformers older than 5.17, or (strict) a class that has changed.
         ValueError: an unknown op or attention.
     """
-    if attention != "auto":
-        raise ValueError(f"attention must be 'auto' (the model's own implementation), got {attention!r}")
+    if attention not in ("auto", "keep"):
+        raise ValueError(f"attention must be 'auto' (ours) or 'keep' (the model's own), got {attention!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch needs a model (torch.nn.Module), got {type(model).__name__}")
     _check_transformers()
     base = unwrap(model)
     architecture = _check_root(base)
-    chosen = _chosen_ops(ops)
-    earlier = frozenset(id(module) for module in model.modules() if is_fused(module))
+    chosen = [op for op in _chosen_ops(ops) if op != "attention" or attention == "auto"]
+    earlier = changed_by_patches(model)
     todo, skipped, counts = _plan(base, chosen, strict)
     todo = _drop_lonely_tables(todo, skipped)
     for _, module, rule in todo:
@@ -171,14 +200,20 @@ def patch(
         else:
             fuse(module, rule.forward)
             counts[rule.op] += 1
-    kept = getattr(base.config, "_attn_implementation", None)
+    described = [f"attention: the model's own ({getattr(base.config, '_attn_implementation', None)})"]
+    if "attention" in chosen:
+        switching, keeping = _attention_modules(base)
+        switch_attention([module for _, module in switching])
+        skipped += keeping
+        counts["attention"] = sum(map(is_switched, base.modules()))
+        described = _describe_attention(base)
     return PatchReport(
         model=model,
         architecture=architecture,
         patched=counts,
         skipped=skipped,
         backend=dict.fromkeys(chosen, _backend(base)),
-        attention=f"the model's own ({kept})",
+        attention=described,
         earlier=earlier,
     )
 
@@ -194,8 +229,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any module of the model runs a fused forward."""
-    return any(is_fused(module) for module in model.modules())
+    """Whether any module of the model runs a fused forward or our attention."""
+    return any(is_fused(module) or is_switched(module) for module in model.modules())
 
 
 @contextmanager

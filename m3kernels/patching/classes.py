@@ -14,6 +14,10 @@ from torch import nn
 
 logger = logging.getLogger("m3kernels")
 
+# our attention's name in transformers, and what an attention module's config named before, kept on the module
+ATTENTION = "m3kernels"
+ATTENTION_WAS = "_m3k_attention_was"
+
 # name: (forward, facts); the name is what pickles refer to
 FORWARDS: dict[str, tuple[Callable, Callable[[type], dict]]] = {}
 
@@ -91,6 +95,27 @@ def check_unfusable(module: nn.Module) -> None:
             f"{cls.__name__} was wrapped after patching (by fully_shard, for example) and cannot be restored in place; "
             "unpatch before wrapping"
         )
+
+
+def is_switched(module: nn.Module) -> bool:
+    """Whether a patch pointed this attention module's config to our attention."""
+    return ATTENTION_WAS in vars(module)
+
+
+def switch_attention(modules: list[nn.Module]) -> None:
+    """Point the configs of attention modules to our attention, as ``set_attn_implementation`` would."""
+    names = [module.config._attn_implementation or "sdpa" for module in modules]
+    for module, name in zip(modules, names):
+        module.__dict__[ATTENTION_WAS] = name
+        module.config._attn_implementation = ATTENTION
+
+
+def switch_attention_back(modules: list[nn.Module]) -> None:
+    """The way back, but for configs that name yet another implementation by now."""
+    for module in modules:
+        was = module.__dict__.pop(ATTENTION_WAS)
+        if module.config._attn_implementation == ATTENTION:
+            module.config._attn_implementation = was
 
 
 def original_forward(module: nn.Module) -> Callable:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from m3kernels.patching.classes import check_unfusable, is_fused, unfuse
+from m3kernels.patching.classes import check_unfusable, is_fused, is_switched, switch_attention_back, unfuse
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,21 @@ class Skip:
     reason: str
 
 
-def restore(model: nn.Module, earlier: frozenset[int] = frozenset()) -> None:
-    """Give fused modules their own class back, but for those whose id is in ``earlier``."""
-    fused = [module for module in model.modules() if is_fused(module) and id(module) not in earlier]
+def changed_by_patches(model: nn.Module) -> frozenset[tuple[str, int]]:
+    """What patches have changed so far: fused modules, and attention modules that run our attention."""
+    fused = {("fused", id(module)) for module in model.modules() if is_fused(module)}
+    return frozenset(fused | {("attention", id(module)) for module in model.modules() if is_switched(module)})
+
+
+def restore(model: nn.Module, earlier: frozenset[tuple[str, int]] = frozenset()) -> None:
+    """Give modules their own class and attention back, but for what is in ``earlier``."""
+    switched = [m for m in model.modules() if is_switched(m) and ("attention", id(m)) not in earlier]
+    fused = [module for module in model.modules() if is_fused(module) and ("fused", id(module)) not in earlier]
     for module in fused:
         check_unfusable(module)
     for module in fused:
         unfuse(module)
+    switch_attention_back(switched)
 
 
 @dataclass
@@ -36,8 +44,8 @@ class PatchReport:
         patched: op -> number of modules that run it.
         skipped: modules that an op was asked for and that keep their own forward, with the reason.
         backend: op -> "triton", or "reference" with the reason.
-        attention: what computes attention.
-        earlier: ids of modules that an earlier patch had fused; :meth:`restore` leaves those fused.
+        attention: what computes attention, by shape class where it is ours.
+        earlier: what earlier patches had changed; :meth:`restore` leaves that.
     """
 
     model: nn.Module = field(repr=False)
@@ -45,8 +53,8 @@ class PatchReport:
     patched: dict[str, int]
     skipped: list[Skip]
     backend: dict[str, str]
-    attention: str
-    earlier: frozenset[int] = field(default=frozenset(), repr=False)
+    attention: list[str]
+    earlier: frozenset[tuple[str, int]] = field(default=frozenset(), repr=False)
 
     def restore(self) -> None:
         """Undo this patch: every module that it fused gets its own class back (``m3kernels.unpatch`` undoes all)."""
@@ -66,8 +74,7 @@ class PatchReport:
         for op, count in self.patched.items():
             skipped = "; ".join(f"{n} x {why}" for why, n in reasons.get(op, {}).items())
             rows.append((op, str(count), self.backend[op] if count else "-", skipped or "-"))
-        rows.append(("attention", "-", self.attention, "-"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([f"m3kernels on {self.architecture}", *lines])
+        return "\n".join([f"m3kernels on {self.architecture}", *lines, *self.attention])

@@ -97,6 +97,14 @@ RULES = (
     Rule("rotary", TEXT, "Ministral3RotaryEmbedding", "rotary_table", **ROTARY),
     Rule("rotary_2d", VISION, "PixtralAttention", "rotary_2d", (*PROJECTIONS, "dropout"), LAYER),
     Rule("rotary_2d", VISION, "PixtralVisionRotaryEmbedding", "rotary_2d_table", **ROTARY),
+    Rule(
+        "attention",
+        VISION,
+        "PixtralVisionModel",
+        "vision_model",
+        ("patch_conv", "patch_size", "ln_pre", "transformer", "patch_positional_embedding", "config"),
+        ("pixel_values", "image_sizes"),
+    ),
     Rule("swiglu", TEXT, "Ministral3MLP", "swiglu", **MLP),
     Rule("swiglu", VISION, "PixtralMLP", "swiglu", **MLP),
     *(
@@ -114,6 +122,9 @@ RULES = (
 )
 
 OPS = tuple(dict.fromkeys(rule.op for rule in RULES))
+
+# whose config's attention implementation becomes ours; rotary and rotary_2d give them their forwards
+ATTENTION_MODULES = ((TEXT, "Ministral3Attention"), (VISION, "PixtralAttention"))
 
 # what patch() takes, besides wrappers around these
 ROOTS = {

@@ -1,9 +1,12 @@
 """Fused forwards of the Pixtral vision tower: two-dimensional rotary, residual add and norm."""
 
+import torch
 from torch import Tensor, nn
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from m3kernels.ops import rotary_2d, rotary_2d_table
-from m3kernels.patching.classes import fused_forward
+from m3kernels.patching.classes import ATTENTION, fused_forward, original_forward
 from m3kernels.patching.text import add_norm, attend, attention_facts, duplicate_halves, table_for
 
 
@@ -49,3 +52,41 @@ def vision_layer_forward(
     )
     normed, residual = add_norm(self.ffn_norm, attended, hidden_states)
     return residual + self.feed_forward(normed)
+
+
+@merge_with_config_defaults
+@capture_outputs
+def _vision_forward(self: nn.Module, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs):
+    """As transformers' forward, with the images' boundaries in place of a (patches, patches) mask."""
+    if image_sizes is None:
+        image_sizes = [pixel_values.shape[-2:]] * pixel_values.shape[0]
+    maps = self.patch_conv(pixel_values.to(dtype=self.patch_conv.weight.dtype))
+    size = self.patch_size
+    images = [patches[..., : h // size, : w // size] for patches, (h, w) in zip(maps, image_sizes)]
+    hidden_states = self.ln_pre(torch.cat([image.flatten(1).T for image in images], dim=0).unsqueeze(0))
+    positions = [
+        torch.stack(
+            torch.meshgrid(*(torch.arange(n, device=hidden_states.device) for n in image.shape[1:]), indexing="ij"), -1
+        )
+        for image in images
+    ]
+    position_ids = torch.cat([p.flatten(0, 1) for p in positions])
+    lengths = [image.shape[1] * image.shape[2] for image in images]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(hidden_states.device, torch.int32)
+    return self.transformer(
+        hidden_states,
+        attention_mask=None,
+        position_embeddings=self.patch_positional_embedding(hidden_states, position_ids),
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+        **kwargs,
+    )
+
+
+@fused_forward("vision_model")
+def vision_model_forward(self: nn.Module, *args, **kwargs):
+    if self.config._attn_implementation != ATTENTION:  # set to another one since
+        return original_forward(self)(self, *args, **kwargs)
+    return _vision_forward(self, *args, **kwargs)
