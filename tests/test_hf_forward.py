@@ -87,6 +87,9 @@ def place(batch: dict, device: str) -> dict:
 @pytest.mark.parametrize("make", FORWARDS, ids=lambda f: f.__name__[1:])
 def test_forward_and_gradients(make, attention, window, device):
     plain, ours = twins(attention=attention, device=device, sliding_window=window)
+    if device == "cuda" and make in (_left, _left_with_positions, _right):
+        # padding that sees nothing: 0 from our kernels and SDPA, the mean of all values from transformers' eager attention
+        plain.set_attn_implementation("sdpa")
     assert_parity(ours, plain, place(make(plain), device))
 
 

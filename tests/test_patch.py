@@ -103,7 +103,8 @@ def test_each_op_is_called(kind, monkeypatch):
         return call
 
     where = {"rotary_2d": "vision", "linear_cross_entropy": "loss"}
-    for op in OPS:
+    # attention is called through transformers' registry, and on a CPU it is another's: test_attention_is_ours
+    for op in (op for op in OPS if op != "attention"):
         target = f"m3kernels.patching.{where.get(op, 'text')}.{op}"
         monkeypatch.setattr(target, counting(op, getattr(m3kernels.ops, op)))
     ours.train()
@@ -113,7 +114,40 @@ def test_each_op_is_called(kind, monkeypatch):
     expected["rms_norm"] -= expected["add_rms_norm"]
     expected["rotary"] = 2
     expected["rotary_2d"] = 2 if kind == "vlm" else 0
+    expected["attention"] = 0
     assert calls == expected
+
+
+def test_attention_is_ours_until_unpatched(kind):
+    model = build(kind)
+    configs = [m.config for m in model.modules() if type(m).__name__ in ("Ministral3Attention", "PixtralAttention")]
+    assert {c._attn_implementation for c in configs} == {"sdpa"}
+    first = patch(model, ops="swiglu")
+    assert {c._attn_implementation for c in configs} == {"sdpa"}
+    second = patch(model)
+    assert {c._attn_implementation for c in configs} == {"m3kernels"}
+    second.restore()
+    assert {c._attn_implementation for c in configs} == {"sdpa"} and is_patched(model)
+    first.restore()
+    assert not is_patched(model)
+    patch(model, attention="keep")
+    assert {c._attn_implementation for c in configs} == {"sdpa"}
+
+
+def test_transformers_knows_the_name(kind):
+    model = build(kind)
+    model.set_attn_implementation("m3kernels")
+    plain = build(kind)
+    plain.load_state_dict(model.state_dict())
+    assert_parity(model, plain, batch_for(plain))
+
+
+def test_another_implementation_set_after_patching_stays():
+    model = build("text")
+    patch(model)
+    model.set_attn_implementation("eager")
+    unpatch(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_add_rms_norm_alone_runs(monkeypatch):

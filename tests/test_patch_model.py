@@ -78,6 +78,9 @@ def test_half_precision_error_is_at_most_eagers(kind, device, dtype, attention):
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_configurations(kind, changes, attention, device):
     plain, ours = twins(kind, device=device, attention=attention, **changes)
+    if device == "cuda" and not any("attention_dropout" in str(change) for change in changes.items()):
+        # padding that sees nothing: 0 from our kernels and SDPA, the mean of all values from transformers' eager attention
+        plain.set_attn_implementation("sdpa")
     assert_parity(ours, plain, batch_for(plain))
 
 
