@@ -1,4 +1,4 @@
-"""Causal grouped-query attention in the op benchmark. ``m3kernels``' own has not been run on a GPU yet.
+"""Causal grouped-query attention in the op benchmark.
 
 Inputs are (batch, heads, seq, head_dim) views of (batch, seq, heads, head_dim) memory, as the model's projections give them.
 """

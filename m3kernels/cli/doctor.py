@@ -1,12 +1,12 @@
 """Print versions, the GPU, which backends were found, and what to install for more."""
 
 import argparse
-import importlib.util
 import platform
 from importlib import metadata
 
 import torch
 
+from m3kernels.ops._attention_backends import explain
 from m3kernels.ops._common import why_no_triton
 
 HELP = "versions, GPU, backends found, and what to install for more"
@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"  {'no ' if reason else 'yes'}  triton{': ' + reason if reason else ' kernels on ' + device}")
     print("  yes  reference: plain PyTorch, on any device")
     print("attention")
-    print("  the model's own implementation (sdpa unless set otherwise); flash-attn", end=" ")
-    print("found" if importlib.util.find_spec("flash_attn") else "not installed")
+    if reason or device == "cpu":
+        print("  the model's own implementation: ours needs a GPU and triton")
+    else:
+        print(*("  " + line for line in explain(torch.device("cuda"), torch.bfloat16)), sep="\n")
     return 0 if healthy else 1
