@@ -52,7 +52,9 @@ def test_first_call_of_a_shape(h100, case, inputs, forward, backward):
 def test_cudnn_is_taken_once_a_shape_has_come_back(h100):
     names = [choose("forward", "auto", *tensors(), problem()).name for _ in range(backends.CUDNN_AFTER + 2)]
     assert names == ["hopper"] * backends.CUDNN_AFTER + ["cudnn"] * 2
-    growing = {choose("forward", "auto", *tensors(queries=4096 + i, keys=4096 + i), problem()).name for i in range(1, 101)}
+    growing = {
+        choose("forward", "auto", *tensors(queries=4096 + i, keys=4096 + i), problem()).name for i in range(1, 101)
+    }
     assert growing == {"hopper"}
 
 
