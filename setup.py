@@ -12,4 +12,8 @@ def packages() -> list[str]:
     return found
 
 
-setup(packages=packages(), package_dir=MAPPED, package_data={"m3kernels.ops": ["*.json"], "m3kernels.bench": ["results/**/*.jsonl"]})
+setup(
+    packages=packages(),
+    package_dir=MAPPED,
+    package_data={"m3kernels.ops": ["*.json"], "m3kernels.bench": ["results/**/*.jsonl"]},
+)
