@@ -1,6 +1,8 @@
 """Fused operations. Nothing here knows a model; each file holds one op with its formula, kernel and reference."""
 
 from m3kernels.ops._common import KernelLaunchError
+from m3kernels.ops.attention import attention, attention_reference
+from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference
 from m3kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from m3kernels.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from m3kernels.ops.rotary import (
@@ -18,6 +20,10 @@ __all__ = [
     "KernelLaunchError",
     "add_rms_norm",
     "add_rms_norm_reference",
+    "attention",
+    "attention_decode",
+    "attention_decode_reference",
+    "attention_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "llama4_scale",

@@ -389,11 +389,62 @@ LOSS_PER_ROW = OpCase(
     },
 )
 
+
+def _make_attention(shape, dtype, generator):
+    batch, heads, kv_heads, queries, keys, dim = shape
+    sizes = {"q": (heads, queries), "k": (kv_heads, keys), "v": (kv_heads, keys)}
+    return {
+        name: _randn(batch, rows, n, dim, dtype=dtype, generator=generator).transpose(1, 2)
+        for name, (n, rows) in sizes.items()
+    }
+
+
+def _attention(**options):
+    return lambda q, k, v: (ops.attention(q, k, v, **options),)
+
+
+ATTENTION = OpCase(
+    name="attention (causal)",
+    make=_make_attention,
+    wrt=("q", "k", "v"),
+    outputs=("out",),
+    ours=_attention(),
+    eager=lambda q, k, v: (ops.attention_reference(q, k, v)[0],),
+    small=((1, 4, 2, 70, 70, 64), (2, 4, 1, 40, 75, 32)),
+    real=((2, 8, 2, 2048, 2048, 128), (1, 16, 4, 1001, 1300, 128)),
+    wrong={
+        "not causal": _attention(causal=False),
+        "scale dropped": _attention(scale=1.0),
+        "window where there is none": _attention(window=30),
+        "key heads in another order": lambda q, k, v: (ops.attention(q, k.flip(1), v),),
+    },
+)
+
+WINDOW = OpCase(
+    name="attention (window)",
+    make=_make_attention,
+    wrt=("q", "k", "v"),
+    outputs=("out",),
+    ours=_attention(window=33),
+    eager=lambda q, k, v: (ops.attention_reference(q, k, v, window=33)[0],),
+    small=((1, 4, 2, 70, 70, 64),),
+    real=((2, 8, 2, 2048, 2048, 128),),
+    wrong={
+        "window one key wider": _attention(window=34),
+        "no window": _attention(),
+        "last key's gradient missing": lambda q, k, v: (
+            ops.attention(q, torch.cat([k[:, :, :-1], k[:, :, -1:].detach()], dim=2), v, window=33),
+        ),
+    },
+)
+
 CASES = (
     RMS_NORM,
     ADD_RMS_NORM,
     ROTARY,
     ROTARY_2D,
+    ATTENTION,
+    WINDOW,
     SWIGLU,
     SWIGLU_FUSED,
     LINEAR_CROSS_ENTROPY,
