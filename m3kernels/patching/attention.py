@@ -149,6 +149,11 @@ def attention_forward(
             note_fallback("attention", reason)
         wants_weights = kwargs.pop("output_attentions", False)
         implementation = "eager" if wants_weights else getattr(module, ATTENTION_WAS, "sdpa")
+        seq, keys = query.shape[2], key.shape[2]
+        plain = attention_mask is None and cu is None and (window is None or window >= keys)
+        if implementation != "eager" and plain and (not causal or seq == keys or seq == 1):
+            options = {"dropout": dropout, "scaling": scaling, "is_causal": causal}
+            return sdpa_attention_forward(module, query, key, value, None, **options, **kwargs)
         mask = _dense(query, key, attention_mask, causal, window, cu)
         return _other(implementation, module, query, key, value, mask, dropout, scaling, sliding_window, **kwargs)
 
@@ -223,11 +228,8 @@ def _dense(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window
 def _other(implementation, module, query, key, value, mask, dropout, scaling, window, **kwargs):
     """Eager attention where the model had it or weights are asked for, SDPA otherwise."""
     if implementation != "eager":
-        if mask is not None and query.shape[2] == 1 and key.shape[2] == 1:
-            mask = None
-        return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
-        )
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": False}
+        return sdpa_attention_forward(module, query, key, value, mask, **options, **kwargs)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
             ~mask, torch.finfo(query.dtype).min
