@@ -20,6 +20,9 @@ from m3kernels.patching.classes import ATTENTION, ATTENTION_WAS, note_fallback
 # a mask's packed form, which the host knows: (cu_seqlens, longest); lost by whoever copies the mask, who gets the ranges
 PACKED = "_m3k_packed"
 
+# on a mask or on cu_seqlens: the dense form, where an implementation without kernels has asked for it
+DENSE = "_m3k_dense"
+
 
 def attention_mask(
     batch_size: int,
@@ -213,16 +216,28 @@ def _why_not(query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict) -
 
 
 def _dense(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None, cu) -> Tensor | None:
-    """(1 or B, 1, S, T): what another implementation needs in place of our mask; None: everything is seen."""
+    """(1 or B, 1, S, T): what another implementation needs in place of our mask; None: everything is seen.
+
+    Kept on what it is made of, so that the layers of one forward share it.
+    """
+    source = cu if mask is None else mask
+    made_for = (query.shape[2], key.shape[2], causal, window)
+    kept = getattr(source, DENSE, None) if source is not None and not torch.compiler.is_compiling() else None
+    if kept is not None and kept[0] == made_for:
+        return kept[1]
     if mask is not None:
-        return mask if mask.dtype != torch.int32 or mask.shape[-1] != 2 else within(mask[:, 0], key.shape[2])
-    if not causal and cu is None:
+        dense = mask if mask.dtype != torch.int32 or mask.shape[-1] != 2 else within(mask[:, 0], key.shape[2])
+    elif not causal and cu is None:
         return None
-    seen = visible(query.shape[2], key.shape[2], causal, window, query.device)
-    if cu is not None:
-        document = torch.bucketize(torch.arange(query.shape[2], device=query.device), cu[1:-1].contiguous(), right=True)
-        seen = seen & (document[:, None] == document[None, :])
-    return seen[None, None]
+    else:
+        dense = visible(query.shape[2], key.shape[2], causal, window, query.device)[None, None]
+        if cu is not None:
+            at = torch.arange(query.shape[2], device=query.device)
+            document = torch.bucketize(at, cu[1:-1].contiguous(), right=True)
+            dense = dense & (document[:, None] == document[None, :])
+    if source is not None and dense is not source and not torch.compiler.is_compiling():
+        setattr(source, DENSE, (made_for, dense))
+    return dense
 
 
 def _other(implementation, module, query, key, value, mask, dropout, scaling, window, **kwargs):
