@@ -66,9 +66,9 @@ def test_compiled_fullgraph_equals_eager(case):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.name.startswith("attention")], ids=lambda c: c.name)
 def test_compiled_inference_is_left_to_inductor(case):
-    """A kernel is opaque to it; the loss keeps its kernel, since the plain form would hold all logits."""
+    """A kernel is opaque to it; the loss and attention keep theirs: the plain forms would hold all logits or scores."""
     seen = []
 
     def backend(graph, _):
