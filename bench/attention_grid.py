@@ -50,28 +50,26 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
+def _timed(run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    return start, end
+
+
 def measure(runs: dict, seconds: float = 0.15) -> dict[str, float]:
-    """Median milliseconds of each, in turns."""
-    samples: dict[str, list] = {name: [] for name in runs}
+    """Median milliseconds of each, in turns, one behind the other so that the host's work is hidden."""
+    for run in runs.values():
+        run()
+    warm = [_timed(run) for run in runs.values()]
     torch.cuda.synchronize()
-    for name in [*runs] * 2:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        runs[name]()
-        end.record()
-        samples[name] = [(start, end)]
+    slowest = max(start.elapsed_time(end) for start, end in warm)
+    rounds = [
+        {name: _timed(run) for name, run in runs.items()} for _ in range(max(5, min(20, int(1e3 * seconds / slowest))))
+    ]
     torch.cuda.synchronize()
-    slowest = max(s[0][0].elapsed_time(s[0][1]) for s in samples.values())
-    samples = {name: [] for name in runs}
-    for _ in range(max(5, min(20, int(1e3 * seconds / slowest)))):
-        for name, run in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            samples[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) for name, pairs in samples.items()}
+    return {name: statistics.median(s.elapsed_time(e) for s, e in (r[name] for r in rounds)) for name in runs}
 
 
 def run_cell(seq: int, batch: int, heads: int, kv_heads: int, dim: int, problem: Problem) -> dict[str, dict]:

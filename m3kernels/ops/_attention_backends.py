@@ -2,7 +2,7 @@
 
 A backend's forward gives (out, lse) and its backward takes them, lse being the natural log-sum-exp (B, H, S) in fp32: so the
 two directions are chosen apart. What cannot do a case exactly is never chosen. The order among the others is measured:
-``attention_table.json`` is written by ``m3kernels bench report`` out of the committed results.
+``attention_table.json`` comes from ``python -m m3kernels.bench.attention_grid``.
 """
 
 import functools
@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -284,14 +284,22 @@ def _log2(n: int) -> int:
 _asked_of_cudnn: Counter = Counter()
 
 
-def _unsettled(direction: str, q: Tensor, k: Tensor, problem: Problem) -> str:
-    """Why cuDNN is not taken yet; every ask counts."""
-    key = (direction, q.shape, k.shape, q.stride(), k.stride(), q.dtype, problem.causal)
-    _asked_of_cudnn[key] += 1
+def _unsettled(direction: str, q: Tensor, k: Tensor, problem: Problem) -> bool:
+    """Whether this shape has not come back often enough for a plan of cuDNN's; every ask counts."""
     if len(_asked_of_cudnn) > 1024:
         _asked_of_cudnn.clear()
-        return "too many shapes"
-    return "" if _asked_of_cudnn[key] > CUDNN_AFTER else f"from the {CUDNN_AFTER + 1}th call of a shape on"
+    key = (direction, q.shape, k.shape, q.stride(), k.stride(), q.dtype, problem.causal)
+    _asked_of_cudnn[key] += 1
+    return _asked_of_cudnn[key] <= CUDNN_AFTER
+
+
+def _candidates(
+    direction: str, device: torch.device, q: Tensor, k: Tensor, problem: Problem
+) -> Iterator[tuple[Backend, str]]:
+    """(backend, why it cannot compute this there, or an empty string), in the measured order."""
+    capability = "{}.{}".format(*_capability(device))
+    for name in ranking(direction, capability, mask_kind(problem), q.shape[3], problem.longest_k):
+        yield BACKENDS[name], BACKENDS[name].missing(device) or BACKENDS[name].cannot(direction, q, k, problem)
 
 
 def choose(direction: str, asked: str, q: Tensor, k: Tensor, problem: Problem) -> Backend:
@@ -307,14 +315,9 @@ def choose(direction: str, asked: str, q: Tensor, k: Tensor, problem: Problem) -
         return backend
     if INTERPRET or q.dtype == torch.float32 or problem.ranges is not None:
         return BACKENDS["triton"]
-    capability = "{}.{}".format(*_capability(q.device))
-    for name in ranking(direction, capability, mask_kind(problem), q.shape[3], problem.longest_k):
-        backend = BACKENDS[name]
-        if backend.missing(q.device) or backend.cannot(direction, q, k, problem):
-            continue
-        if name == "cudnn" and _unsettled(direction, q, k, problem):
-            continue
-        return backend
+    for backend, reason in _candidates(direction, q.device, q, k, problem):
+        if not reason and not (backend.name == "cudnn" and _unsettled(direction, q, k, problem)):
+            return backend
     return BACKENDS["triton"]
 
 
@@ -339,11 +342,8 @@ def explain(device: torch.device, dtype: torch.dtype) -> list[str]:
         )
         said = []
         for direction in ("forward", "backward"):
-            why, capability = [], "{}.{}".format(*_capability(device))
-            for backend in (
-                BACKENDS[b] for b in ranking(direction, capability, mask_kind(problem), shape[3], shape[2])
-            ):
-                reason = backend.missing(device) or backend.cannot(direction, q, q, problem)
+            why = []
+            for backend, reason in _candidates(direction, device, q, q, problem):
                 if not reason:
                     settled = f" (from call {CUDNN_AFTER + 1} of a shape on)" if backend.name == "cudnn" else ""
                     said.append(f"{direction} {backend.name}{settled}" + (f" [{'; '.join(why)}]" if why else ""))

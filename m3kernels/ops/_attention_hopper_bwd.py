@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from m3kernels.ops._attention_bwd_kernels import attention_delta_kernel
 from m3kernels.ops._attention_kernels import sequence as sequence_rows
-from m3kernels.ops._attention_triton import Problem, like
+from m3kernels.ops._attention_triton import Problem, addressable, like
 from m3kernels.ops._common import cdiv, launch
 from m3kernels.ops._triton import tl, triton
 
@@ -335,12 +335,6 @@ STAGES = 3
 TOGETHER = 4
 
 
-def _addressable(x: Tensor) -> Tensor:
-    """``x``, copied where the copy engine could not read it: it wants dense rows, and 16-byte strides and addresses."""
-    fits = x.stride(3) == 1 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
-
-
 def _rows(x: Tensor, rows: gl.constexpr) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows.value, DIM.value], ROWS.value)
 
@@ -352,7 +346,7 @@ def backward(
     dq, dk, dv = like(q), like(k), like(k)
     packed, sequences, window = problem.packed, problem.sequences(q), problem.window
     longest_q, longest_k = problem.longest_q, problem.longest_k
-    q, k, v, dout, lse = *map(_addressable, (q, k, v, dout)), lse.contiguous()
+    q, k, v, dout, lse = *map(addressable, (q, k, v, dout)), lse.contiguous()
     (batch, heads, seq, dim), kv_heads = q.shape, k.shape[1]
     delta = torch.empty_like(lse)
     launch(

@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from m3kernels.ops._attention_triton import Problem, like
+from m3kernels.ops._attention_triton import Problem, addressable, like
 from m3kernels.ops._common import cdiv, launch, sm_count
 from m3kernels.ops._triton import triton
 
@@ -363,15 +363,9 @@ def _order(groups: int, group: int, kv_bytes: int, q_tiles: int, uneven: bool) -
     return max(n for n in range(1, min(groups, fitting) + 1) if groups % n == 0) * group, 0
 
 
-def _addressable(x: Tensor) -> Tensor:
-    """``x``, copied where the copy engine could not read it: it wants dense rows, and 16-byte strides and addresses."""
-    fits = x.stride(3) == 1 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """(out like q, log-sum-exp (B, H, S) in fp32)."""
-    q, k, v = map(_addressable, (q, k, v))
+    q, k, v = map(addressable, (q, k, v))
     (batch, heads, seq, dim), kv_heads = q.shape, k.shape[1]
     out, lse = like(q), q.new_empty((batch, heads, seq), dtype=torch.float32)
     packed, sequences, longest_q, longest_k = problem.packed, problem.sequences(q), problem.longest_q, problem.longest_k

@@ -102,6 +102,12 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def addressable(x: Tensor) -> Tensor:
+    """``x``, copied where the copy engine could not read it: it wants dense rows, and 16-byte strides and addresses."""
+    fits = x.stride(3) == 1 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
 def like(x: Tensor) -> Tensor:
     """(B, H, S, D) seen through (B, S, H, D) memory, as projections take it."""
     batch, heads, seq, dim = x.shape

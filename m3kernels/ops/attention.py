@@ -23,6 +23,12 @@ from m3kernels.ops._attention_triton import MAX_HEAD_DIM, Problem, like
 from m3kernels.ops._common import fused_op, use_triton
 
 
+def _problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic) -> Problem:
+    """``cu_k`` None where packed: the keys' sequences are the queries', which is told by their being one tensor."""
+    cu_k = cu_q if cu_k is None else cu_k
+    return Problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic)
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -42,7 +48,7 @@ def _forward(
     if q.numel() == 0 or k.shape[2] == 0 or longest_q == 0:
         out, lse = _forward_fake(q, k, v)
         return out.zero_(), lse.fill_(-float("inf"))
-    problem = Problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic)
+    problem = _problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic)
     return choose("forward", backend, q, k, problem).forward(q, k, v, problem)
 
 
@@ -71,7 +77,7 @@ def _backward(
     """(dq, dk, dv), each like its tensor."""
     if q.numel() == 0 or k.numel() == 0 or longest_q == 0 or longest_k == 0:
         return tuple(g.zero_() for g in _backward_fake(dout, q, k, v))
-    problem = Problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic)
+    problem = _problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic)
     return choose("backward", backend, q, k, problem).backward(dout, q, k, v, out, lse, problem)
 
 
@@ -216,8 +222,8 @@ def attention(
         masks = {"causal": causal, "window": window, "scale": scale, "key_ranges": key_ranges}
         out, lse = attention_reference(q, k, v, **masks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         return (out, lse) if return_lse else out
-    if cu_seqlens_q is not None and cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None
     if key_ranges is not None:
         causal, window = False, None
     out, lse = _attention(

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from m3kernels.ops._common import why_no_triton
+from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
 from m3kernels.ops.attention import MAX_HEAD_DIM, attention, visible, within
 from m3kernels.ops.attention_decode import MAX_NEW_TOKENS, attention_decode
 from m3kernels.patching.classes import ATTENTION, ATTENTION_WAS, note_fallback
@@ -43,10 +43,10 @@ def attention_mask(
 
     Custom mask functions give the dense mask that SDPA would get.
 
-    Raises:
-        ValueError: under ``torch.compile``, a padding mask with holes.
+    A padding mask with holes is a dense mask too; under ``torch.compile`` it is an assertion that fails on the device.
     """
-    if use_vmap or not getattr(config, "is_causal", True):
+
+    def dense() -> Tensor:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -62,6 +62,9 @@ def attention_mask(
             device=device,
             **{"allow_is_bidirectional_skip": False} | kwargs,
         )
+
+    if use_vmap or not getattr(config, "is_causal", True):
+        return dense()
     tracing = torch.compiler.is_compiling()
     if attention_mask is not None and not tracing and attention_mask.shape[-1] == kv_length and attention_mask.all():
         attention_mask = None
@@ -88,18 +91,7 @@ def attention_mask(
         last = torch.where(seen.any(dim=-1), last, 0)
         if not tracing and (seen.sum(dim=-1) != (last - first).clamp(min=0)).any():
             note_fallback("attention", "a padding mask with holes is a dense mask")
-            return sdpa_mask(
-                batch_size=batch_size,
-                q_length=q_length,
-                kv_length=kv_length,
-                q_offset=q_offset,
-                kv_offset=kv_offset,
-                mask_function=mask_function,
-                attention_mask=attention_mask,
-                local_size=local_size,
-                allow_is_causal_skip=False,
-                device=device,
-            )
+            return dense()
         if tracing:
             torch._assert_async(
                 (seen.sum(dim=-1) == (last - first).clamp(min=0)).all(),
@@ -202,7 +194,7 @@ def _why_not(query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict) -
     """Why the kernels do not take a call, or an empty string."""
     if reason := why_no_triton(query.device.type):
         return reason
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if query.dtype not in TRITON_DTYPES:
         return f"{query.dtype}"
     if query.shape[3] > MAX_HEAD_DIM:
         return f"head_dim {query.shape[3]}"
