@@ -84,6 +84,17 @@ def query_tiles(
 
 
 @triton.jit
+def _add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
+    """``b_sum + b_left b_right``; in fp32 a tile's product is summed by itself, since one chain over all queries rounds worse."""
+    if PRECISION == "ieee":
+        # an addition would be folded into the product's own chain
+        b_sum = tl.fma(tl.dot(b_left, b_right, input_precision=PRECISION), 1.0, b_sum)
+    else:
+        b_sum += tl.dot(b_left, b_right, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
 def _add_queries(
     b_dk,
     b_dv,
@@ -125,9 +136,9 @@ def _add_queries(
             lo, hi = key_range(o_q, p_ranges, q_len, k_len, window, CAUSAL, WINDOW, RANGES)
             seen = (o_k[None, :] >= lo[:, None]) & (o_k[None, :] < hi[:, None])
             p = tl.where(seen, p, 0.0)
-        b_dv += tl.dot(tl.trans(b_dout), p.to(b_dout.dtype), input_precision=PRECISION)
+        b_dv = _add_product(b_dv, tl.trans(b_dout), p.to(b_dout.dtype), PRECISION)
         ds = p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
-        b_dk += tl.dot(tl.trans(b_q), ds.to(b_q.dtype), input_precision=PRECISION)
+        b_dk = _add_product(b_dk, tl.trans(b_q), ds.to(b_q.dtype), PRECISION)
     return b_dk, b_dv
 
 
@@ -254,7 +265,7 @@ def _add_keys(
         if MASKED:
             p = tl.where((o_k[None, :] >= lo[:, None]) & (o_k[None, :] < hi[:, None]), p, 0.0)
         ds = p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
-        b_dq += tl.dot(ds.to(b_k.dtype), b_k, input_precision=PRECISION)
+        b_dq = _add_product(b_dq, ds.to(b_k.dtype), b_k, PRECISION)
     return b_dq
 
 
