@@ -3,8 +3,11 @@
 import m3kernels
 report = m3kernels.patch(model)
 print(report)
+
+``m3kernels.peft.target_modules(model)`` names the modules for a LoRA.
 """
 
+from m3kernels import peft as peft  # not in __all__: a star import would hide the real peft
 from m3kernels.patching import PatchReport, is_patched, patch, patched, unpatch
 
 try:
