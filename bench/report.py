@@ -1,18 +1,20 @@
-"""docs/benchmarks.md with its plots, and README's tables, from the newest result files.
+"""docs/benchmarks.md with its plots, and the tables of README and docs/attention.md, from the newest result files.
 
     python -m m3kernels.bench.report [--check] [--file FILE.jsonl] [--musts]
 
 Each section takes the newest file under bench/results that holds rows of its kind (or ``--file`` for all). README.md is
-rewritten between ``<!-- bench -->`` and ``<!-- /bench -->``, docs/benchmarks.md as a whole, and so is every picture under
-docs/bench. ``--check`` writes nothing and exits 1 when any of them is not what the files give; a picture carries a digest
-of its file, so it needs no matplotlib.
+rewritten between ``<!-- bench -->`` and ``<!-- /bench -->``, docs/attention.md between ``<!-- attention -->`` and
+``<!-- /attention -->`` (always from the newest file of ``attention_grid``), docs/benchmarks.md as a whole, and so is every
+picture under docs/bench. ``--check`` writes nothing and exits 1 when any of them is not what the files give; a picture
+carries a digest of its file, so it needs no matplotlib.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from m3kernels.bench import report_draw, report_e2e, report_plots, report_tables, results, targets
+from m3kernels.bench import attention_grid, report_draw, report_e2e, report_plots, report_tables, results, targets
 from m3kernels.bench.report_targets import targets_table
 from m3kernels.bench.rows import Source, sources
 
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = Path("bench-report")
 # not bench:ops, as it was: training and decoding stand between them too
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+ATTENTION = "<!-- attention -->", "<!-- /attention -->"
 COMMAND = "m3kernels bench report"
 SECTIONS = {"ops": "Ops", "host": "Host overhead", "train": "Training", "decode": "Decoding"}
 
@@ -94,21 +97,32 @@ def decode_section(source: Source) -> tuple[list[str], list[str]]:
 SECTION = {"ops": ops_section, "host": host_section, "train": train_section, "decode": decode_section}
 
 
-def section(readme: str) -> str:
-    """What stands between the two markers.
+def newest_attention() -> Path | None:
+    """The file of ``attention_grid`` with the latest date in its header."""
+    found = results.RESULTS.glob("*/*-attention.json")
+    return max(found, key=lambda path: (json.loads(path.read_text())["machine"]["date"], path), default=None)
+
+
+def attention_section(path: Path) -> str:
+    """The tables of docs/attention.md."""
+    found = json.loads(path.read_text())
+    source = Source("attention", path, found["machine"], [], [])
+    link = f"[`{source.name}`](../bench/results/{source.name})"
+    said = report_tables.machine(source).replace(f"`{source.name}`", link)
+    return f"Measured on {said}.\n\n{attention_grid.show(found)}"
+
+
+def insert(path: Path, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """The file with ``text`` between its two markers.
 
     Raises:
-        ValueError: a marker is missing.
+        OSError, ValueError: it cannot be read, or a marker is missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md has no place for the tables: put {BEGIN} and {END} on lines of their own")
-    return readme.split(BEGIN, 1)[1].split(END, 1)[0].strip()
-
-
-def insert(readme: str, text: str) -> str:
-    section(readme)
-    before, after = readme.split(BEGIN, 1)[0], readme.split(END, 1)[1]
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    page = path.read_text()
+    if begin not in page or end not in page:
+        raise ValueError(f"{path.name} has no place for the tables: put {begin} and {end} on lines of their own")
+    before, after = page.split(begin, 1)[0], page.split(end, 1)[1]
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def place() -> Path:
@@ -120,12 +134,14 @@ def texts(found: dict[str, Source]) -> dict[Path, str]:
     """What each generated text file must hold.
 
     Raises:
-        OSError, ValueError: README.md cannot be read or has no markers.
+        OSError, ValueError: README.md or docs/attention.md cannot be read or has no markers.
     """
     found_texts = {place() / "docs" / "benchmarks.md": page(found)}
     if place() == ROOT:
-        readme = ROOT / "README.md"
-        found_texts = {readme: insert(readme.read_text(), readme_section(found))} | found_texts
+        readme, attention, measured = ROOT / "README.md", ROOT / "docs" / "attention.md", newest_attention()
+        found_texts = {readme: insert(readme, readme_section(found))} | found_texts
+        if measured is not None:
+            found_texts[attention] = insert(attention, attention_section(measured), *ATTENTION)
     return found_texts
 
 
@@ -155,7 +171,7 @@ def stray(pictures: dict[Path, report_plots.Plot]) -> list[Path]:
 
 
 def write(found: dict[str, Source]) -> None:
-    """Writes the two texts and all pictures, and removes pictures that no longer belong.
+    """Writes the texts and all pictures, and removes pictures that no longer belong.
 
     Raises:
         ImportError: matplotlib is not installed; the texts are written then, the pictures are as they were.

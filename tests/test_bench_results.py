@@ -47,8 +47,10 @@ def line_of(text: str, begins: str) -> list[str]:
 
 
 def in_folder(monkeypatch, folder: Path) -> Path:
-    """A tree with an empty README for the report to write into."""
+    """A tree with an empty README and docs/attention.md for the report to write into."""
     monkeypatch.setattr(report, "ROOT", folder)
+    (folder / "docs").mkdir()
+    (folder / "docs" / "attention.md").write_text("\n".join(report.ATTENTION))
     readme = folder / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     return readme
@@ -182,7 +184,7 @@ def test_check_notices_every_generated_file(tmp_path, monkeypatch, capsys):
     path = write_file(tmp_path / "results", ALL_KINDS)
     readme = in_folder(monkeypatch, tmp_path)
     check, docs = ["--check", "--file", str(path)], tmp_path / "docs"
-    (docs / "bench").mkdir(parents=True)
+    (docs / "bench").mkdir()
     (docs / "bench" / "of-old.svg").write_text("<svg/>")
     assert report.main(["--file", str(path)]) == 0 and report.main(check) == 0
     drawn = {p.stem for p in (docs / "bench").iterdir()}
