@@ -3,7 +3,9 @@
 from m3kernels.ops._common import KernelLaunchError
 from m3kernels.ops.attention import attention, attention_reference
 from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference
+from m3kernels.ops.dora_linear import dora_linear, dora_linear_reference, dora_norm, dora_norm_reference, dora_scale
 from m3kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from m3kernels.ops.lora_linear import Adapted, lora_linear, lora_linear_reference, lora_linears
 from m3kernels.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from m3kernels.ops.rotary import (
     llama4_scale,
@@ -17,6 +19,7 @@ from m3kernels.ops.rotary import (
 from m3kernels.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "Adapted",
     "KernelLaunchError",
     "add_rms_norm",
     "add_rms_norm_reference",
@@ -24,9 +27,17 @@ __all__ = [
     "attention_decode",
     "attention_decode_reference",
     "attention_reference",
+    "dora_linear",
+    "dora_linear_reference",
+    "dora_norm",
+    "dora_norm_reference",
+    "dora_scale",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "llama4_scale",
+    "lora_linear",
+    "lora_linear_reference",
+    "lora_linears",
     "rms_norm",
     "rms_norm_reference",
     "rotary",

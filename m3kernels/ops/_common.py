@@ -122,6 +122,11 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         )
 
 
+def _flat(grads: tuple) -> tuple:
+    """torch.library hands over the gradients of a list of outputs as one list."""
+    return tuple(grads[0]) if len(grads) == 1 and isinstance(grads[0], (list, tuple)) else grads
+
+
 def fused_op(
     name: str,
     *,
@@ -138,7 +143,8 @@ def fused_op(
     ``torch.compile`` the same launchers are reached as ``torch.ops.m3kernels.<name>`` and ``<name>_backward``.
 
     Args:
-        forward, backward: launchers with annotated signatures; they return new tensors and never write their inputs.
+        forward, backward: launchers with annotated signatures; they return new tensors, several of them as a tuple or
+            a list, and never write their inputs.
         forward_fake, backward_fake: shapes and dtypes of what they return.
         setup_context: ``(ctx, inputs, output)``, saves what the backward needs.
         gradients: ``(ctx, run_backward, *output_grads)``, returns one gradient per input of ``forward``.
@@ -148,7 +154,7 @@ def fused_op(
     registered_backward = torch.library.custom_op(f"m3kernels::{name}_backward", backward, mutates_args=())
     registered_backward.register_fake(backward_fake)
     registered.register_autograd(
-        lambda ctx, *grads: gradients(ctx, registered_backward, *grads), setup_context=setup_context
+        lambda ctx, *grads: gradients(ctx, registered_backward, *_flat(grads)), setup_context=setup_context
     )
 
     class Eager(torch.autograd.Function):
@@ -156,7 +162,7 @@ def fused_op(
         def forward(ctx, *inputs):
             output = forward(*inputs)
             setup_context(ctx, inputs, output)
-            return output
+            return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
         def backward(ctx, *grads):

@@ -1,90 +1,26 @@
 """Every op as a case: how to make inputs, what eager PyTorch computes, and wrong variants that must be caught."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m3kernels import ops
-from m3kernels.parity.core import (
-    Row,
-    allowed_error,
-    in_fp64,
-    outputs_and_gradients,
-    poisoned_allocations,
-    relative_error,
-)
+from m3kernels.parity.case import OpCase, measure, randn
+from m3kernels.parity.products import ATTENTION, DORA, LORA, WINDOW
 
-Generator = torch.Generator
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """One op.
-
-    Attributes:
-        make: (shape, dtype, generator) -> inputs by name.
-        wrt: inputs that get a gradient.
-        outputs: names of outputs, then gradients follow as ``d<input>``.
-        ours, eager: functions of the inputs; eager is what transformers computes, also run in fp64 as the truth.
-        small, real: shapes for the interpreter, and for a GPU.
-        wrong: name -> a deliberately wrong variant of ``ours``.
-        independent: (shape, dtype, numel) -> how many roundings of an output are independent of each other.
-    """
-
-    name: str
-    make: Callable[[tuple, torch.dtype, Generator], dict]
-    wrt: tuple[str, ...]
-    outputs: tuple[str, ...]
-    ours: Callable[..., tuple[Tensor, ...]]
-    eager: Callable[..., tuple[Tensor, ...]]
-    small: tuple[tuple, ...]
-    real: tuple[tuple, ...]
-    wrong: dict[str, Callable[..., tuple[Tensor, ...]]] = field(default_factory=dict)
-    independent: Callable[[tuple, torch.dtype, int], int] = lambda shape, dtype, numel: numel
-
-
-def measure(
-    case: OpCase,
-    shape: tuple,
-    dtype: torch.dtype,
-    device: str,
-    *,
-    seed: int = 0,
-    ours: Callable[..., tuple[Tensor, ...]] | None = None,
-) -> list[Row]:
-    """Rows for one op at one shape: fresh random inputs, NaN-poisoned allocations, fp64 as the truth."""
-    inputs = case.make(shape, dtype, torch.Generator(device).manual_seed(seed))
-    with poisoned_allocations():
-        actual = outputs_and_gradients(ours or case.ours, inputs, case.wrt)
-    eager = outputs_and_gradients(case.eager, inputs, case.wrt)
-    truth = outputs_and_gradients(case.eager, in_fp64(inputs), case.wrt)
-    names = (*case.outputs, *(f"d{name}" for name in case.wrt))
-    rows = []
-    for name, a, e, t in zip(names, actual, eager, truth):
-        error = relative_error(e, t)
-        label = f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-        allowed = allowed_error(error, dtype, t.numel() and case.independent(shape, dtype, t.numel()))
-        rows.append(Row(case.name, label, name, relative_error(a, t), error, allowed))
-    return rows
-
-
-def _randn(*shape: int, dtype: torch.dtype, generator: Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator, device=generator.device).to(dtype)
+__all__ = ["CASES", "measure"]
 
 
 def _make_norm(shape, dtype, generator):
     rows, width = shape
     # every other row is small enough for eps to matter
     size = 10.0 ** (-3.0 * (torch.arange(rows, device=generator.device) % 2))[:, None]
-    x = (_randn(rows, width, dtype=torch.float32, generator=generator) * size).to(dtype)
-    return {"x": x, "weight": _randn(width, dtype=dtype, generator=generator), "eps": 1e-5}
+    x = (randn(rows, width, dtype=torch.float32, generator=generator) * size).to(dtype)
+    return {"x": x, "weight": randn(width, dtype=dtype, generator=generator), "eps": 1e-5}
 
 
 def _make_add_norm(shape, dtype, generator):
-    return {**_make_norm(shape, dtype, generator), "residual": _randn(*shape, dtype=dtype, generator=generator) * 0.1}
+    return {**_make_norm(shape, dtype, generator), "residual": randn(*shape, dtype=dtype, generator=generator) * 0.1}
 
 
 def _independent_rows(shape, dtype, numel):
@@ -147,8 +83,8 @@ ADD_RMS_NORM = OpCase(
 def _make_rotary(shape, dtype, generator):
     batch, seq, heads, kv_heads, dim = shape
     # queries and keys as projections give them: (batch, seq, heads, dim) memory seen as (batch, heads, seq, dim)
-    q = _randn(batch, seq, heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
-    k = _randn(batch, seq, kv_heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
+    q = randn(batch, seq, heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
+    k = randn(batch, seq, kv_heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
     start = torch.randint(0, 262_143 - seq, (batch, 1), generator=generator, device=generator.device)
     return {"q": q, "k": k, "positions": start + torch.arange(seq, device=generator.device), "llama4": (0.1, 64)}
 
@@ -203,8 +139,8 @@ def _make_rotary_2d(shape, dtype, generator):
     tokens = height * width
     axes = (torch.arange(n, device=generator.device) for n in (height, width))
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
-    q = _randn(1, tokens, heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
-    k = _randn(1, tokens, heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
+    q = randn(1, tokens, heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
+    k = randn(1, tokens, heads, dim, dtype=dtype, generator=generator).transpose(1, 2)
     return {"q": q, "k": k, "positions": grid}
 
 
@@ -250,8 +186,8 @@ ROTARY_2D = OpCase(
 
 def _make_swiglu(shape, dtype, generator):
     return {
-        "gate": _randn(*shape, dtype=dtype, generator=generator) * 2,
-        "up": _randn(*shape, dtype=dtype, generator=generator),
+        "gate": randn(*shape, dtype=dtype, generator=generator) * 2,
+        "up": randn(*shape, dtype=dtype, generator=generator),
     }
 
 
@@ -273,7 +209,7 @@ SWIGLU = OpCase(
 
 SWIGLU_FUSED = OpCase(
     name="swiglu (fused gate_up)",
-    make=lambda shape, dtype, generator: {"gate_up": _randn(*shape, dtype=dtype, generator=generator) * 2},
+    make=lambda shape, dtype, generator: {"gate_up": randn(*shape, dtype=dtype, generator=generator) * 2},
     wrt=("gate_up",),
     outputs=("y",),
     ours=lambda gate_up: (ops.swiglu(gate_up),),
@@ -293,8 +229,8 @@ def _make_loss(shape, dtype, generator):
     labels = torch.randint(0, vocab, (rows,), generator=generator, device=generator.device)
     labels[:: max(2, rows // 5)] = -100
     # logits of a few units, as a trained model has them
-    weight = (_randn(vocab, width, dtype=torch.float32, generator=generator) * 3 / width**0.5).to(dtype)
-    return {"hidden": _randn(rows, width, dtype=dtype, generator=generator), "weight": weight, "labels": labels}
+    weight = (randn(vocab, width, dtype=torch.float32, generator=generator) * 3 / width**0.5).to(dtype)
+    return {"hidden": randn(rows, width, dtype=dtype, generator=generator), "weight": weight, "labels": labels}
 
 
 def _loss(**options):
@@ -390,55 +326,9 @@ LOSS_PER_ROW = OpCase(
 )
 
 
-def _make_attention(shape, dtype, generator):
-    batch, heads, kv_heads, queries, keys, dim = shape
-    sizes = {"q": (heads, queries), "k": (kv_heads, keys), "v": (kv_heads, keys)}
-    return {
-        name: _randn(batch, rows, n, dim, dtype=dtype, generator=generator).transpose(1, 2)
-        for name, (n, rows) in sizes.items()
-    }
-
-
-def _attention(**options):
-    return lambda q, k, v: (ops.attention(q, k, v, **options),)
-
-
-ATTENTION = OpCase(
-    name="attention (causal)",
-    make=_make_attention,
-    wrt=("q", "k", "v"),
-    outputs=("out",),
-    ours=_attention(),
-    eager=lambda q, k, v: (ops.attention_reference(q, k, v)[0],),
-    small=((1, 4, 2, 70, 70, 64), (2, 4, 1, 40, 75, 32)),
-    real=((2, 8, 2, 2048, 2048, 128), (1, 16, 4, 1001, 1300, 128)),
-    wrong={
-        "not causal": _attention(causal=False),
-        "scale dropped": _attention(scale=1.0),
-        "window where there is none": _attention(window=30),
-        "key heads in another order": lambda q, k, v: (ops.attention(q, k.flip(1), v),),
-    },
-)
-
-WINDOW = OpCase(
-    name="attention (window)",
-    make=_make_attention,
-    wrt=("q", "k", "v"),
-    outputs=("out",),
-    ours=_attention(window=33),
-    eager=lambda q, k, v: (ops.attention_reference(q, k, v, window=33)[0],),
-    small=((1, 4, 2, 70, 70, 64),),
-    real=((2, 8, 2, 2048, 2048, 128),),
-    wrong={
-        "window one key wider": _attention(window=34),
-        "no window": _attention(),
-        "last key's gradient missing": lambda q, k, v: (
-            ops.attention(q, torch.cat([k[:, :, :-1], k[:, :, -1:].detach()], dim=2), v, window=33),
-        ),
-    },
-)
-
 CASES = (
+    LORA,
+    DORA,
     RMS_NORM,
     ADD_RMS_NORM,
     ROTARY,
