@@ -7,7 +7,9 @@ from transformers import (
     AutoTokenizer,
     Ministral3Config,
     Ministral3ForCausalLM,
+    Mistral3Config,
     Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -18,10 +20,13 @@ CHAT = (
 )
 
 
-def load(name: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load(name: str | None, dtype: torch.dtype, vision: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """``vision``: give the tiny one a vision tower too."""
     if name is None:
         tokenizer = tiny_tokenizer()
-        return tiny_model(len(tokenizer)), tokenizer
+        config = tiny_config(len(tokenizer))
+        model = Mistral3ForConditionalGeneration(with_vision(config)) if vision else Ministral3ForCausalLM(config)
+        return model, tokenizer
     # the released checkpoints hold the vision tower as well
     vlm = AutoConfig.from_pretrained(name).model_type == "mistral3"
     cls = Mistral3ForConditionalGeneration if vlm else Ministral3ForCausalLM
@@ -44,8 +49,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(vocab_size: int) -> Ministral3ForCausalLM:
-    config = Ministral3Config(
+def tiny_config(vocab_size: int) -> Ministral3Config:
+    return Ministral3Config(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
@@ -56,4 +61,19 @@ def tiny_model(vocab_size: int) -> Ministral3ForCausalLM:
         pad_token_id=0,
         initializer_range=0.1,
     )
-    return Ministral3ForCausalLM(config)
+
+
+def with_vision(config: Ministral3Config) -> Mistral3Config:
+    vision = PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+        hidden_act="silu",
+    )
+    # no byte's token stands for images: none are given
+    return Mistral3Config(
+        text_config=config, vision_config=vision, image_token_index=config.pad_token_id, tie_word_embeddings=False
+    )
