@@ -1,6 +1,7 @@
 """Run the parity suite on this machine, and on a model of yours: our error beside eager PyTorch's own, against fp64."""
 
 import argparse
+import importlib.util
 
 import torch
 
@@ -54,13 +55,18 @@ def _op_rows(args: argparse.Namespace, device: str, progress) -> list:
 
 
 def _tiny_model_rows(args: argparse.Namespace, device: str, progress) -> list:
-    from m3kernels.parity.model import measure_model, tiny_batch, tiny_model
+    from m3kernels.parity.model import measure_model, tiny_batch, tiny_model, with_adapters
 
-    rows = []
+    rows, has_peft = [], importlib.util.find_spec("peft") is not None
+    if not has_peft:
+        print("peft is not installed: its models are not checked (pip install peft)")
     for dtype in progress(_dtypes(args, device), "tiny model"):
         if device == "cpu" and dtype != torch.float32:
             continue
         rows += measure_model(tiny_model().to(device, dtype), tiny_batch(device), "patched tiny model")
+        for dora in (False, True) if has_peft else ():
+            model = with_adapters(tiny_model().to(device, dtype), dora)
+            rows += measure_model(model, tiny_batch(device), f"patched PEFT {'DoRA' if dora else 'LoRA'} model")
     return rows
 
 

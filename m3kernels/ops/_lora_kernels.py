@@ -233,9 +233,9 @@ def lora_expand_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def dora_grad_kernel(
-    p_dy, p_y, p_scale, p_dz, p_dscale, dy_stride, y_stride, rows, cols, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    p_dy, p_y, p_scale, p_dz, p_sum, dy_stride, y_stride, rows, cols, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """dz = scale * dy, and for each share of rows dscale = sum(dy * y) / scale, y being scale * z."""
+    """dz = scale * dy, and for each share of rows sum(dy * y)."""
     block, share = tl.program_id(0), tl.program_id(1)
     o_n, o_b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     m_n = o_n < cols
@@ -250,4 +250,4 @@ def dora_grad_kernel(
         y = tl.load(p_y + o_m * y_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(dy * y, axis=0)
         tl.store(p_dz + o_m * cols + o_n[None, :], (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
-    tl.store(p_dscale + share.to(tl.int64) * cols + o_n, total / scale, mask=m_n)
+    tl.store(p_sum + share.to(tl.int64) * cols + o_n, total, mask=m_n)

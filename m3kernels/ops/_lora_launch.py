@@ -180,7 +180,7 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
 
 
 def dora_grads(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale * dy, the gradient of scale) where y = scale * z."""
+    """(scale * dy, sum over rows of dy * y in fp32)."""
     rows, cols = dy.shape
     dz = torch.empty((rows, cols), dtype=dy.dtype, device=dy.device)
     blocks = cdiv(cols, 256)

@@ -12,7 +12,6 @@ and v (or gate and up) share one pass over x for t, and one dx. fp32 adapters be
 precision (:mod:`m3kernels.ops._lora_kernels`). Dropout's mask is made anew in the backward from a seed on the device.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,9 +69,9 @@ def _buffer(like: Tensor, *size: int, padded: bool) -> Tensor:
     return (torch.zeros if padded else torch.empty)(size, dtype=like.dtype, device=like.device)
 
 
-def _low_of(x: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """s B as parts (N, parts), rows at 16-byte marks."""
-    split, rank, width, padded = _layout(x, b.T)
+def _low_of(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s B as parts (N, parts), rows at 16-byte marks; ``a`` is the adapter's A."""
+    split, rank, width, padded = _layout(x, a)
     low = _buffer(x, b.shape[0], padded, padded=False)[:, :width]
     skinny.as_parts(b, low, rank, scaling, split)
     return low
@@ -109,16 +108,20 @@ def _forward(
     scalings: list[float],
     dropout: float,
 ) -> list[Tensor]:
-    """[y of each projection, t of all, A's parts, s B's parts of each]; what follows y is for the backward."""
+    """[y of each projection, t of all, A's parts, s B's parts of each, z of each in fp16]; what follows y is for the backward."""
     weights, many_a, many_b = _given(w1, w2, w3), _given(a1, a2, a3), _given(b1, b2, b3)
     split, rank, width, padded = _layout(x, a1)
     a = _a_parts(x, many_a)
     t = _buffer(x, x.shape[0], len(weights) * padded, padded=padded != width)
     skinny.shrink(x, a, t, rank, len(weights), padded, split, dropout, seeds)
-    lows = [_low_of(x, b, s) for b, s in zip(many_b, scalings)]
+    lows = [_low_of(x, a1, b, s) for b, s in zip(many_b, scalings)]
     parts = [t[:, j * padded : j * padded + width] for j in range(len(weights))]
-    ys = [_product(x, w, p, low, False, k) for w, p, low, k in zip(weights, parts, lows, (k1, k2, k3))]
-    return [*ys, t, a, *lows]
+    if k1 is None or x.dtype != torch.float16:
+        ys = [_product(x, w, p, low, False, k) for w, p, low, k in zip(weights, parts, lows, (k1, k2, k3))]
+        return [*ys, t, a, *lows]
+    # dk is taken from y / k, for which fp16 has too few exponents: what is scaled is kept
+    zs = [_product(x, w, p, low, False) for w, p, low in zip(weights, parts, lows)]
+    return [*((z * k).to(z.dtype) for z, k in zip(zs, _given(k1, k2, k3))), t, a, *lows, *zs]
 
 
 def _forward_fake(x, w1, a1, b1, w2, a2, b2, w3, a3, b3, k1, k2, k3, seeds, scalings, dropout):
@@ -127,7 +130,8 @@ def _forward_fake(x, w1, a1, b1, w2, a2, b2, w3, a3, b3, k1, k2, k3, seeds, scal
     rows, empty = x.shape[0], lambda *size: x.new_empty(size)
     ys = [empty(rows, w.shape[0]) for w in weights]
     lows = [x.new_empty_strided((b.shape[0], width), (padded, 1)) for b in many_b]
-    return [*ys, empty(rows, len(weights) * padded), empty(len(weights) * padded, x.shape[1]), *lows]
+    zs = [empty(rows, w.shape[0]) for w in weights] if k1 is not None and x.dtype == torch.float16 else []
+    return [*ys, empty(rows, len(weights) * padded), empty(len(weights) * padded, x.shape[1]), *lows, *zs]
 
 
 def _backward(
@@ -147,23 +151,31 @@ def _backward(
     need_weights: bool,
     need_adapters: bool,
 ) -> list[Tensor]:
-    """[dx, then for each projection dW, dA, dB, dk]; what is not needed is empty. ``ys``, ``scales``: only with DoRA."""
+    """[dx, then for each projection dW, dA, dB, dk]; what is not needed is empty.
+
+    ``lows``: s B as parts. With DoRA it is B itself, and ``ys`` and ``scales`` are not empty.
+    """
     split, rank, width, padded = _layout(x, adapters_like)
     count, none = len(weights), x.new_empty(0)
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
-    dscales = [none] * count
-    if scales:
-        pairs = [skinny.dora_grads(dy, y, k) for dy, y, k in zip(dys, ys, scales)]
-        dys, dscales = [dz for dz, _ in pairs], [dk for _, dk in pairs]
     du = _buffer(x, x.shape[0], count * padded, padded=padded != width)
     parts = [du[:, j * padded : j * padded + width] for j in range(count)]
     das = [adapters_like.new_empty((rank, x.shape[1])) for _ in weights]
     dbs = [adapters_like.new_empty((w.shape[0], rank)) for w in weights]
+    dscales = [none] * count
     for j in range(count):
         t_j = t[:, j * padded : j * padded + width]
-        skinny.du_and_db(dys[j], lows[j], t_j, parts[j], rank, scalings[j], split, dbs[j])
+        low = lows[j]
+        if scales:  # with B, so that dy is not rounded once more
+            low = _low_of(x, adapters_like, low.float() * scales[j][:, None], scalings[j])
+        skinny.du_and_db(dys[j], low, t_j, parts[j], rank, scalings[j], split, dbs[j])
         if need_adapters:
             skinny.da_of(x, parts[j], rank, split, dropout, None if seeds is None else seeds[j:], das[j])
+        if scales:
+            dbs[j].mul_(scales[j][:, None])
+            dys[j], total = skinny.dora_grads(dys[j], ys[j], scales[j])
+            # fp16 kept z = y / k
+            dscales[j] = total if x.dtype == torch.float16 else total / scales[j]
     dx = _input_gradient(dys, weights, du, parts, a, seeds, width, padded, dropout) if need_x else none
     dws = [dy.T @ x for dy in dys] if need_weights else [none] * count
     return [dx, *(g for four in zip(dws, das, dbs, dscales) for g in four)]
@@ -202,9 +214,10 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(True)
     ctx.mark_non_differentiable(*output[count:])
     ctx.with_seeds, ctx.with_scales = seeds is not None, bool(scales)
-    kept = [*output[:count], *scales] if scales else []
+    kept = [*(output[2 * count + 2 :] or output[:count]), *scales] if scales else []
     # needs_input_grad says nothing yet where torch.library sets up
-    ctx.save_for_backward(x, triples[1], *weights, *output[count:], *kept, *_given(seeds))
+    lows = _given(*triples[2::3]) if scales else output[count + 2 : 2 * count + 2]
+    ctx.save_for_backward(x, triples[1], *weights, *output[count : count + 2], *lows, *kept, *_given(seeds))
 
 
 def _gradients(ctx, run_backward, *grads):
@@ -276,11 +289,6 @@ def lora_linears(
         return [lora_linear_reference(x, p.weight, p.A, p.B, p.scaling, **o) for p, o in zip(layers, options)]
     if x.numel() == 0:
         return [lora_linear_reference(x, p.weight, p.A, p.B, p.scaling, scale=p.scale) for p in layers]
-    if x.dtype == torch.float16 and layers[0].scale is not None:
-        # its gradient is taken from y / scale, for which fp16 has too few exponents
-        plain = [dataclasses.replace(layer, scale=None) for layer in layers]
-        zs = lora_linears(x, plain, dropout_p=dropout_p, backend=backend)
-        return [(z * layer.scale).to(z.dtype) for z, layer in zip(zs, layers)]
     seeds = torch.randint(2**62, (len(layers),), device=x.device) if dropout_p else None
     missing = MOST - len(layers)
     flat = [t for layer in layers for t in (layer.weight, layer.A, layer.B)] + [None] * (3 * missing)

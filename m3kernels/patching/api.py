@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from m3kernels.ops._common import HAS_TRITON, why_no_triton
-from m3kernels.patching.classes import fuse, fused_class, is_fused, is_switched, switch_attention
+from m3kernels.patching.classes import fuse, fused_class, is_fused, is_switched, switch_attention, take_together
 from m3kernels.patching.report import PatchReport, Skip, changed_by_patches, restore
 
 OLDEST_TRANSFORMERS = (5, 17)
@@ -167,7 +167,7 @@ def patch(
         model: ``Ministral3ForCausalLM``, ``Mistral3ForConditionalGeneration``, one of their inner models or heads, or
             any of these inside PEFT, DDP or ``torch.compile`` wrappers.
         ops: "all", or any of "rms_norm", "add_rms_norm", "rotary", "rotary_2d", "attention", "swiglu",
-            "linear_cross_entropy".
+            "lora_linear" (PEFT's LoRA and DoRA layers, those too that are made after patching), "linear_cross_entropy".
         attention: "auto" sets the configs' attention implementation to ours, which takes the fastest backend that is
             right for a call; "keep" keeps the model's own.
         strict: raise when a class differs from what its rule was written for, instead of leaving it unfused.
@@ -187,6 +187,8 @@ def patch(
     base = unwrap(model)
     architecture = _check_root(base)
     chosen = [op for op in _chosen_ops(ops) if op != "attention" or attention == "auto"]
+    from m3kernels.patching.rules import PROJECTING
+
     earlier = changed_by_patches(model)
     todo, skipped, counts = _plan(base, chosen, strict)
     todo = _drop_lonely_tables(todo, skipped)
@@ -200,6 +202,10 @@ def patch(
         else:
             fuse(module, rule.forward)
             counts[rule.op] += 1
+    if "lora_linear" in chosen:
+        for module in base.modules():
+            if getattr(type(module), "_m3k_forward", "") in PROJECTING:
+                take_together(module, True)
     described = [f"attention: the model's own ({getattr(base.config, '_attn_implementation', None)})"]
     if "attention" in chosen:
         switching, keeping = _attention_modules(base)

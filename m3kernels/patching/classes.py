@@ -18,6 +18,9 @@ logger = logging.getLogger("m3kernels")
 ATTENTION = "m3kernels"
 ATTENTION_WAS = "_m3k_attention_was"
 
+# on a fused attention or MLP: the adapters of its projections may be taken together
+TOGETHER = "_m3k_lora"
+
 # name: (forward, facts); the name is what pickles refer to
 FORWARDS: dict[str, tuple[Callable, Callable[[type], dict]]] = {}
 
@@ -116,6 +119,18 @@ def switch_attention_back(modules: list[nn.Module]) -> None:
         was = module.__dict__.pop(ATTENTION_WAS)
         if module.config._attn_implementation == ATTENTION:
             module.config._attn_implementation = was
+
+
+def takes_together(module: nn.Module) -> bool:
+    return TOGETHER in vars(module)
+
+
+def take_together(module: nn.Module, on: bool) -> None:
+    """Whether a fused attention or MLP takes the adapters of its projections together."""
+    if on:
+        module.__dict__[TOGETHER] = True
+    else:
+        module.__dict__.pop(TOGETHER, None)
 
 
 def original_forward(module: nn.Module) -> Callable:

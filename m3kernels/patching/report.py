@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from m3kernels.patching.classes import check_unfusable, is_fused, is_switched, switch_attention_back, unfuse
+from m3kernels.patching.classes import (
+    check_unfusable,
+    is_fused,
+    is_switched,
+    switch_attention_back,
+    take_together,
+    takes_together,
+    unfuse,
+)
 
 
 @dataclass(frozen=True)
@@ -18,9 +26,9 @@ class Skip:
 
 
 def changed_by_patches(model: nn.Module) -> frozenset[tuple[str, int]]:
-    """What patches have changed so far: fused modules, and attention modules that run our attention."""
-    fused = {("fused", id(module)) for module in model.modules() if is_fused(module)}
-    return frozenset(fused | {("attention", id(module)) for module in model.modules() if is_switched(module)})
+    """What patches have changed so far: fused modules, those that run our attention, those that take adapters together."""
+    tests = {"fused": is_fused, "attention": is_switched, "adapters": takes_together}
+    return frozenset((what, id(module)) for module in model.modules() for what, test in tests.items() if test(module))
 
 
 def restore(model: nn.Module, earlier: frozenset[tuple[str, int]] = frozenset()) -> None:
@@ -32,6 +40,9 @@ def restore(model: nn.Module, earlier: frozenset[tuple[str, int]] = frozenset())
     for module in fused:
         unfuse(module)
     switch_attention_back(switched)
+    for module in model.modules():
+        if takes_together(module) and ("adapters", id(module)) not in earlier:
+            take_together(module, False)
 
 
 @dataclass

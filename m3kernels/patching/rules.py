@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from m3kernels.patching import loss, vision
+from m3kernels.patching import adapters, loss, vision
 from m3kernels.patching.classes import FORWARDS
 from m3kernels.patching.text import is_silu
 
@@ -107,6 +107,14 @@ RULES = (
     ),
     Rule("swiglu", TEXT, "Ministral3MLP", "swiglu", **MLP),
     Rule("swiglu", VISION, "PixtralMLP", "swiglu", **MLP),
+    Rule(
+        "lora_linear",
+        *adapters.LAYER,
+        "lora_linear",
+        ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "merged", "disable_adapters"),
+        ("x",),
+        adapters.why_not,
+    ),
     *(
         Rule(
             "linear_cross_entropy",
@@ -122,6 +130,9 @@ RULES = (
 )
 
 OPS = tuple(dict.fromkeys(rule.op for rule in RULES))
+
+# forwards whose projections' adapters are taken together
+PROJECTING = ("rotary", "rotary_2d", "swiglu")
 
 # whose config's attention implementation becomes ours; rotary and rotary_2d give them their forwards
 ATTENTION_MODULES = ((TEXT, "Ministral3Attention"), (VISION, "PixtralAttention"))

@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from m3kernels.ops import add_rms_norm, rms_norm, rotary, rotary_table, swiglu
+from m3kernels.patching.adapters import project
 from m3kernels.patching.classes import fused_forward, has_hooks, is_fused, is_plain, note_fallback, original_forward
 
 
@@ -43,11 +44,12 @@ def is_silu(activation: nn.Module) -> bool:
 
 @fused_forward("swiglu")
 def mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    gate, up = project(self, x, self.gate_proj, self.up_proj)
     if not is_silu(self.act_fn) or has_hooks(self.act_fn) or gate.dtype != up.dtype or not is_plain(gate):
         note_fallback("swiglu", f"activation {type(self.act_fn).__name__}, gate {type(gate).__name__} {gate.dtype}")
         return self.down_proj(self.act_fn(gate) * up)
-    return self.down_proj(swiglu(gate, up))
+    (down,) = project(self, swiglu(gate, up), self.down_proj)
+    return down
 
 
 @fused_forward("rotary_table")
@@ -123,9 +125,9 @@ def attention_forward(
     cache = one_cache(cache, kwargs)
     input_shape = hidden_states.shape[:-1]
     heads = (*input_shape, -1, self.head_dim)
-    q = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-    k = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-    v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+    q, k, v = (
+        y.view(heads).transpose(1, 2) for y in project(self, hidden_states, self.q_proj, self.k_proj, self.v_proj)
+    )
 
     q, k = rotary(q, k, position_embeddings, position_ids.to(q.device), llama4_parameters(self.config))
     if cache is not None:
@@ -137,7 +139,8 @@ def attention_forward(
     dropout = self.attention_dropout if self.training else 0.0
     window = getattr(self.config, "sliding_window", None)
     output, weights = attend(self, q, k, v, attention_mask, dropout=dropout, sliding_window=window, **kwargs)
-    return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+    (out,) = project(self, output.reshape(*input_shape, -1).contiguous(), self.o_proj)
+    return out, weights
 
 
 @fused_forward("add_rms_norm", lambda original: {"_m3k_cache_name": cache_name(original)})

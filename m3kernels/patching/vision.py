@@ -6,6 +6,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from m3kernels.ops import rotary_2d, rotary_2d_table
+from m3kernels.patching.adapters import project
 from m3kernels.patching.classes import ATTENTION, fused_forward, original_forward
 from m3kernels.patching.text import add_norm, attend, attention_facts, duplicate_halves, table_for
 
@@ -26,14 +27,15 @@ def vision_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     batch, patches, _ = hidden_states.shape
     heads = (batch, patches, -1, self.head_dim)
-    q = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-    k = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-    v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+    q, k, v = (
+        y.view(heads).transpose(1, 2) for y in project(self, hidden_states, self.q_proj, self.k_proj, self.v_proj)
+    )
 
     q, k = rotary_2d(q, k, position_embeddings)
     dropout = self.dropout if self.training else 0.0
     output, weights = attend(self, q, k, v, attention_mask, dropout=dropout, **kwargs)
-    return self.o_proj(output.reshape(batch, patches, -1).contiguous()), weights
+    (out,) = project(self, output.reshape(batch, patches, -1).contiguous(), self.o_proj)
+    return out, weights
 
 
 @fused_forward("vision_add_rms_norm")

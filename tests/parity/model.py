@@ -63,6 +63,17 @@ def tiny_model(seed: int = 0) -> nn.Module:
     return model
 
 
+def with_adapters(model: nn.Module, dora: bool) -> nn.Module:
+    """The model with PEFT's LoRA or DoRA in text, vision tower and projector; adapters in fp32 beside bf16, as PEFT has them."""
+    from peft import LoraConfig, get_peft_model
+
+    from m3kernels.peft import target_modules
+
+    names = target_modules(model, vision=True, projector=True)
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=8, target_modules=names, init_lora_weights=False, use_dora=dora))
+
+
 def tiny_batch(device: str, seed: int = 0) -> dict[str, Tensor]:
     """Two samples with two and one images of different sizes, the second one padded on the right."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,6 +101,9 @@ def text_batch(model: nn.Module, device: str, tokens: int, seed: int = 0) -> dic
 
 
 GROUPS = (
+    ("lora_A", "A"),
+    ("lora_B", "B"),
+    ("lora_magnitude", "magnitude"),
     ("vision_tower", "vision tower"),
     ("multi_modal_projector", "projector"),
     ("embed_tokens", "embeddings"),

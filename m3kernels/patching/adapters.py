@@ -1,0 +1,153 @@
+"""PEFT's LoRA and DoRA layers with our ops: found where they stand, on every call, so that PEFT may change them as it likes.
+
+Adapters can be added, switched, merged and unloaded after patching: a layer is looked at when it is called. What the ops do not
+cover runs PEFT's own forward, and that is logged. Off the GPU PEFT's own forward runs too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
+from m3kernels.ops._lora_launch import MAX_RANK
+from m3kernels.ops.dora_linear import dora_scale
+from m3kernels.ops.lora_linear import MOST, Adapted, lora_linears
+from m3kernels.patching.classes import (
+    fused_forward,
+    has_hooks,
+    is_plain,
+    note_fallback,
+    original_forward,
+    takes_together,
+)
+
+LAYER = ("peft.tuners.lora.layer", "Linear")
+DORA = ("peft.tuners.lora.variants", "DoraLinearVariant")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a layer computes: the op's arguments, and a bias to be added."""
+
+    adapted: Adapted
+    bias: Tensor | None
+    dropout: float
+
+    @property
+    def alike(self) -> tuple:
+        """Layers of one input that agree in this go together."""
+        a = self.adapted.A
+        return a.shape[0], a.dtype, self.dropout, self.adapted.scale is None
+
+
+def is_adapted(module: nn.Module) -> bool:
+    original = getattr(type(module), "_m3k_original", type(module))
+    return (original.__module__, original.__name__) == LAYER
+
+
+def _kernels_run(x: Tensor) -> bool:
+    return not why_no_triton(x.device.type) and x.dtype in TRITON_DTYPES and is_plain(x)
+
+
+def _active(layer: nn.Module) -> list[str]:
+    """The adapters that a call adds; none where PEFT's forward is the base layer's."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _dropout(layer: nn.Module, name: str) -> float | None:
+    """The probability that counts now; None where it is another kind of dropout."""
+    module = layer.lora_dropout[name]
+    if isinstance(module, nn.Identity):
+        return 0.0
+    return (float(module.p) if module.training else 0.0) if type(module) is nn.Dropout else None
+
+
+def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
+    """Why a layer's adapters run PEFT's forward, or an empty string; ``x``: the input of a call."""
+    names, base = _active(layer), layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"the base layer is {type(base).__module__}.{type(base).__name__}"
+    if getattr(layer, "fan_in_fan_out", False):
+        return "fan_in_fan_out"
+    variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
+    if any((type(v).__module__, type(v).__name__) != DORA for v in variants):
+        return f"variant {', '.join(type(v).__name__ for v in variants)}"
+    if variants and len(names) > 1:
+        return "DoRA beside another active adapter"
+    drops = [_dropout(layer, name) for name in names]
+    if None in drops or (any(drops) and (variants or len(names) > 1)):
+        return "dropout with DoRA or with several active adapters, or of another kind"
+    parts = [module for name in names for module in (layer.lora_A[name], layer.lora_B[name])]
+    if any(type(part) is not nn.Linear or part.bias is not None for part in parts[::2]):
+        return "lora_A is no plain linear layer"
+    if any(type(part) is not nn.Linear for part in parts) or (variants and parts[1].bias is not None):
+        return "lora_B is no plain linear layer, or has a bias under DoRA"
+    if has_hooks(base) or any(map(has_hooks, parts)):
+        return "hooks on the base layer or the adapter"
+    weights = [part.weight for part in parts]
+    if sum(w.shape[0] for w in weights[::2]) > MAX_RANK:
+        return f"a rank over {MAX_RANK}"
+    if not all(is_plain(w) for w in (base.weight, *weights)):
+        return "weights that are sharded or quantised"
+    if len({w.dtype for w in weights}) > 1:
+        return "adapter weights of several dtypes"
+    if x is None:
+        return ""
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast"
+    if base.weight.dtype != x.dtype or any(w.dtype not in (x.dtype, torch.float32) for w in weights):
+        return f"{x.dtype} input, {base.weight.dtype} base, {weights[0].dtype} adapter"
+    return (
+        "" if all(w.device == x.device for w in (base.weight, *weights)) else "weights on another device than the input"
+    )
+
+
+def _plan(layer: nn.Module, x: Tensor) -> Planned | None:
+    """What a call of the layer computes, or None where PEFT's own forward shall."""
+    names = _active(layer)
+    if not names:
+        return None
+    if reason := why_not(layer, x):
+        note_fallback("lora_linear", reason)
+        return None
+    base, scalings = layer.base_layer, [layer.scaling[name] for name in names]
+    many_a, many_b = ([group[name] for name in names] for group in (layer.lora_A, layer.lora_B))
+    a, b, scaling = many_a[0].weight, many_b[0].weight, scalings[0]
+    if len(names) > 1:
+        a = torch.cat([part.weight for part in many_a])
+        b, scaling = torch.cat([part.weight * s for part, s in zip(many_b, scalings)], dim=1), 1.0
+    scale = None
+    if names[0] in layer.lora_variant:
+        scale = dora_scale(base.weight, a, b, layer.lora_magnitude_vector[names[0]].weight, scaling)
+    bias = base.bias
+    for part, s in zip(many_b, scalings):
+        if part.bias is not None:
+            bias = s * part.bias if bias is None else bias + s * part.bias
+    return Planned(Adapted(base.weight, a, b, scaling, scale), bias, _dropout(layer, names[0]))
+
+
+def _compute(x: Tensor, plans: list[Planned]) -> list[Tensor]:
+    ys = lora_linears(x, [plan.adapted for plan in plans], dropout_p=plans[0].dropout)
+    return [y if plan.bias is None else y + plan.bias.to(y.dtype) for y, plan in zip(ys, plans)]
+
+
+def project(parent: nn.Module, x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Each layer's output; adapters of one kind read x together and give it one gradient."""
+    if not takes_together(parent) or not _kernels_run(x):
+        return [layer(x) for layer in layers]
+    plans = [_plan(layer, x) if is_adapted(layer) and not has_hooks(layer) else None for layer in layers]
+    outputs = [None if plan else layer(x) for plan, layer in zip(plans, layers)]
+    while waiting := [i for i, plan in enumerate(plans) if plan and outputs[i] is None]:
+        group = [i for i in waiting if plans[i].alike == plans[waiting[0]].alike][:MOST]
+        for i, y in zip(group, _compute(x, [plans[i] for i in group])):
+            outputs[i] = y
+    return outputs
+
+
+@fused_forward("lora_linear")
+def lora_linear_forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+    plan = None if args or kwargs or not _kernels_run(x) else _plan(self, x)
+    return original_forward(self)(self, x, *args, **kwargs) if plan is None else _compute(x, [plan])[0]

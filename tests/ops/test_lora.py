@@ -1,0 +1,221 @@
+"""Adapters beside what every op is tested for: layers of one input, fp32 adapters, dropout's masks, refusals."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from m3kernels import ops
+from m3kernels.ops import Adapted, lora_linear, lora_linears
+from m3kernels.ops import _lora_launch as skinny
+from m3kernels.ops._common import use_triton
+from m3kernels.parity.core import allowed_error, poisoned_allocations, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    not use_triton("lora_linear", "auto", torch.empty(1, device=DEVICE)), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+
+
+def layers_of(width, outs, rank, dtype, adapters, dora=False, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def draw(*size, to=dtype, scale=1.0):
+        return (torch.randn(size, generator=generator, device=DEVICE) * scale).to(to).requires_grad_()
+
+    found = []
+    for out in outs:
+        weight, a = draw(out, width, scale=width**-0.5), draw(rank, width, to=adapters, scale=width**-0.5)
+        scale = (1 + draw(out, to=torch.float32, scale=0.2).detach()).requires_grad_() if dora else None
+        found.append(Adapted(weight, a, draw(out, rank, to=adapters, scale=rank**-0.5), 0.7, scale))
+    return draw(5, 23, width), found
+
+
+def tensors_of(x, layers):
+    return [x, *(t for p in layers for t in (p.weight, p.A, p.B, p.scale) if t is not None)]
+
+
+def run(function, x, layers):
+    """Outputs and all gradients of a fixed projection of them."""
+    ys = function(x, layers)
+    generator = torch.Generator(DEVICE).manual_seed(9)
+    dys = [torch.randn(y.shape, generator=generator, device=DEVICE).to(HALF).to(y.dtype) for y in ys]
+    return [*ys, *torch.autograd.grad(ys, tensors_of(x, layers), dys)]
+
+
+def plain(x, layers):
+    return [ops.lora_linear_reference(x, p.weight, p.A, p.B, p.scaling, scale=p.scale) for p in layers]
+
+
+def in_fp64(x, layers):
+    wide = lambda t: None if t is None else t.detach().double().requires_grad_()
+    return wide(x), [Adapted(*map(wide, (p.weight, p.A, p.B)), p.scaling, wide(p.scale)) for p in layers]
+
+
+SETTINGS = [
+    ("one", (40,), 4, torch.float32, torch.float32, False),
+    ("three, odd rank", (40, 24, 56), 5, torch.float32, torch.float32, False),
+    ("two in half precision", (40, 72), 8, HALF, HALF, False),
+    ("fp32 adapters", (40, 24, 56), 4, HALF, torch.float32, False),
+    ("fp32 adapters of a large rank", (40,), 140, HALF, torch.float32, False),
+    ("a rank of two passes", (40, 24), 40, HALF, HALF, False),
+    ("DoRA, three", (40, 24, 56), 5, torch.float32, torch.float32, True),
+    ("DoRA, fp32 adapters", (40, 24), 8, HALF, torch.float32, True),
+]
+if DEVICE == "cuda":  # large enough for every kernel that is shipped, and not for its tiles
+    BIG = [
+        ("real, rank 16", (4096, 1024, 1024), 16, HALF, torch.float32, False),
+        ("real, rank 64", (9216, 9224), 64, HALF, torch.float32, False),
+        ("real, rank 16 in bf16", (9216, 9216), 16, HALF, HALF, False),
+        ("real, rank 100", (4096,), 100, HALF, HALF, False),
+        ("real DoRA", (4096, 4096), 16, HALF, torch.float32, True),
+    ]
+else:
+    BIG = []
+
+
+@pytest.mark.parametrize("setting", SETTINGS + BIG, ids=lambda s: s[0])
+def test_error_is_at_most_eagers(setting):
+    name, outs, rank, dtype, adapters, dora = setting
+    x, layers = layers_of(3072 if name.startswith("real") else 48, outs, rank, dtype, adapters, dora)
+    if name.startswith("real"):
+        x = torch.randn(3001, 3072, device=DEVICE).to(dtype).requires_grad_()
+    with poisoned_allocations():
+        ours = run(lora_linears, x, layers)
+    eager, truth = run(plain, x, layers), run(plain, *in_fp64(x, layers))
+    for i, (a, e, t) in enumerate(zip(ours, eager, truth)):
+        # eager multiplies in fp32 and we to 2^-16, far below what bf16 outputs show
+        precise = 2.0**-15 if a.dtype == torch.float32 and dtype != torch.float32 else 0.0
+        bound = allowed_error(relative_error(e, t), a.dtype, t.numel()) + precise
+        assert relative_error(a, t) <= bound, (i, tuple(a.shape), relative_error(a, t), relative_error(e, t))
+
+
+def test_fp32_adapters_keep_their_precision():
+    """In bf16 the adapters' gradients and a small adapter's effect would be off by 2^-9."""
+    x, layers = layers_of(48, (40,), 4, HALF, torch.float32)
+    x64, layers64 = in_fp64(x, layers)
+    da = run(lora_linears, x, layers)[3]
+    assert relative_error(da, run(plain, x64, layers64)[3]) < 2e-4
+    halved = [Adapted(p.weight, p.A.to(HALF), p.B.to(HALF), p.scaling) for p in layers]
+    assert relative_error(run(lora_linears, x, halved)[3], run(plain, x64, layers64)[3]) > 2e-4
+
+
+def masks_of(rows, width, count, dropout):
+    """Dropout's masks, times 1 / (1 - p), as the op draws them after the same seed."""
+    eye = torch.eye(width, device=DEVICE)
+    torch.manual_seed(5)
+    probe = [Adapted(torch.zeros(width, width, device=DEVICE), eye, eye) for _ in range(count)]
+    return lora_linears(torch.ones(rows, width, device=DEVICE), probe, dropout_p=dropout)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_dropout(count):
+    x, layers = layers_of(32, (40, 24, 56)[:count], 6, torch.float32, torch.float32)
+    x = x.detach().reshape(-1, 32).requires_grad_()
+    masks = masks_of(x.shape[0], 32, count, 0.3)
+    torch.manual_seed(5)
+    ours = run(lambda x, layers: lora_linears(x, layers, dropout_p=0.3), x, layers)
+
+    def masked(x, layers):
+        pairs = zip(layers, masks)
+        return [x @ p.weight.T + ((x * m.to(x.dtype)) @ p.A.T) @ p.B.T * p.scaling for p, m in pairs]
+
+    truth = run(masked, *in_fp64(x, layers))
+    for a, t in zip(ours, truth):
+        assert relative_error(a, t) < 1e-6
+    # a backward with another mask would show
+    masks = [m.roll(1, 0) for m in masks]
+    assert relative_error(ours[count], run(masked, *in_fp64(x, layers))[count]) > 1e-2
+
+
+def test_dropout_masks_are_independent_and_of_the_right_rate():
+    a, b, c = (m != 0 for m in masks_of(128, 128, 3, 0.4))
+    for mask in (a, b, c):
+        # 16,384 draws: four standard deviations
+        assert abs(mask.float().mean() - 0.6) < 4 * (0.24 / 128**2) ** 0.5
+    for other in (b, c, a.roll(1, 0), a.roll(1, 1), a.T):
+        assert abs((a == other).float().mean() - 0.52) < 0.02
+    torch.manual_seed(5)
+    torch.rand(1, device=DEVICE)
+    again = lora_linear(*(torch.ones(128, 128, device=DEVICE),) * 4, dropout_p=0.4)
+    assert torch.isfinite(again).all()
+
+
+def test_checkpointing_draws_the_same_mask():
+    x, (layer,) = layers_of(32, (40,), 6, torch.float32, torch.float32)
+    call = lambda x: lora_linear(x, layer.weight, layer.A, layer.B, dropout_p=0.5)
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(call(x).square().sum(), layer.A)[0]
+    torch.manual_seed(3)
+    kept = torch.utils.checkpoint.checkpoint(call, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(kept.square().sum(), layer.A)[0], expected)
+
+
+def test_inputs_that_need_no_gradient_cost_none(monkeypatch):
+    x, (layer,) = layers_of(32, (40,), 6, torch.float32, torch.float32)
+    seen = []
+    real = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *args: seen.append(1) or real(self, *args))
+    y = lora_linear(x.detach(), layer.weight.detach(), layer.A, layer.B)
+    assert len(seen) == 1
+    da, db = torch.autograd.grad(y.sum(), [layer.A, layer.B])
+    assert len(seen) == 1 and da.any() and db.any()
+
+
+def test_bias_and_leading_dimensions():
+    x, (layer,) = layers_of(32, (40,), 6, torch.float32, torch.float32)
+    bias = torch.randn(40, device=DEVICE)
+    y = lora_linear(x, layer.weight, layer.A, layer.B, 0.5, bias)
+    expected = ops.lora_linear_reference(x, layer.weight, layer.A, layer.B, 0.5, bias)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    empty = lora_linear(x[:0], layer.weight, layer.A, layer.B, 0.5, bias)
+    assert empty.shape == (0, 23, 40)
+
+
+def test_the_norm_follows_every_edit_of_the_weight():
+    """Nothing is kept between calls: an edit behind autograd's back must show as well."""
+    _, (layer,) = layers_of(48, (40,), 5, torch.float32, torch.float32)
+    a, b = layer.A.detach(), layer.B.detach()
+    for edit in (lambda w: w.data.mul_(2), lambda w: w.detach().add_(0.1), lambda w: setattr(w, "data", w.data + 1)):
+        edit(layer.weight)
+        truth = ops.dora_norm_reference(layer.weight.detach().double(), a.double(), b.double(), 0.7)
+        assert relative_error(ops.dora_norm(layer.weight, a, b, 0.7), truth) < 1e-6
+
+
+def test_a_magnitude_of_zero_still_trains():
+    x, (layer,) = layers_of(48, (40,), 5, torch.float32, torch.float32)
+    magnitude = torch.rand(40, device=DEVICE)
+    magnitude[7] = 0
+    magnitude.requires_grad_()
+    inputs = (layer.weight.detach(), layer.A.detach(), layer.B.detach())
+    (ours,) = torch.autograd.grad(ops.dora_linear(x.detach(), *inputs, magnitude).sum(), magnitude)
+    (eager,) = torch.autograd.grad(ops.dora_linear_reference(x.detach(), *inputs, magnitude).sum(), magnitude)
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": torch.zeros(4, 31)}, "needs x"),
+        ({"B": torch.zeros(40, 5)}, "needs x"),
+        ({"weight": torch.zeros(40, 32, dtype=torch.float16)}, "x's dtype"),
+        ({"A": torch.zeros(4, 32, dtype=torch.float16)}, "one rank and dtype"),
+        ({"dropout_p": 1.0}, r"\[0, 1\)"),
+        ({"A": torch.zeros(600, 32), "B": torch.zeros(40, 600)}, "from 1 to 512"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    given = {"weight": torch.zeros(40, 32), "A": torch.zeros(4, 32), "B": torch.zeros(40, 4)} | change
+    given = {n: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for n, t in given.items()}
+    with pytest.raises(ValueError, match=message):
+        lora_linear(torch.zeros(3, 32, device=DEVICE), **given)
+
+
+def test_layers_of_one_input_must_agree():
+    x, layers = layers_of(32, (40, 24), 4, torch.float32, torch.float32)
+    other = layers_of(32, (40,), 5, torch.float32, torch.float32)[1]
+    with pytest.raises(ValueError, match="one rank"):
+        lora_linears(x, [layers[0], *other])
+    with pytest.raises(ValueError, match="1 to 3"):
+        lora_linears(x, layers * 2)
+    assert skinny.MAX_RANK == 512

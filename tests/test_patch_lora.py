@@ -1,0 +1,168 @@
+"""Which of PEFT's layers run our ops, which together, and what falls back with a reason."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_patch_peft import PROJECTIONS, disturb, lora, pair_with, wrap
+from torch import nn
+
+from m3kernels import patch, unpatch
+from m3kernels.patching import adapters, classes
+from models import assert_same, batch_for, build, observe, text_batch
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each call of the op takes; off the GPU the op's plain reference stands in for the kernels."""
+    seen = []
+    real = adapters.lora_linears
+
+    def counting(x, layers, **options):
+        seen.append(len(layers))
+        return real(x, layers, **options)
+
+    monkeypatch.setattr(adapters, "lora_linears", counting)
+    monkeypatch.setattr(adapters, "_kernels_run", lambda x: True)
+    monkeypatch.setattr(classes, "_noted", set())
+    return seen
+
+
+def step(model, batch):
+    model.train()
+    return model(**batch).loss
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_projections_of_one_input_go_together(order, dora, device, calls):
+    plain, ours = pair_with(lora(use_dora=dora), "text", order, device)
+    disturb(plain), disturb(ours)
+    step(ours, text_batch(ours))
+    # q, k, v; o; gate, up; down: of two layers
+    assert calls == [3, 1, 2, 1] * 2
+    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+
+
+def test_vision_tower(device, calls):
+    plain, ours = pair_with(lora(), "vlm", "after", device)
+    disturb(plain), disturb(ours)
+    batch = batch_for(plain)
+    step(ours, batch)
+    assert calls == [3, 1, 2, 1] * 4
+    assert_same(observe(ours, batch), observe(plain, batch), 1e-4)
+
+
+def test_ranks_and_targets_that_differ_go_apart(device, calls):
+    config = lora(target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"], rank_pattern={"v_proj": 7, "up_proj": 9})
+    plain, ours = pair_with(config, "text", "after", device)
+    disturb(plain), disturb(ours)
+    step(ours, text_batch(ours))
+    assert calls == [1, 1, 1, 1] * 2
+    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+
+
+def test_several_active_adapters_are_one(device, calls):
+    plain, ours = pair_with(lora(), "text", "after", device)
+    for model in (plain, ours):
+        torch.manual_seed(6)
+        model.add_adapter("second", lora(r=6, lora_alpha=3))
+        model.base_model.set_adapter(["default", "second"])
+    disturb(plain), disturb(ours)
+    step(ours, text_batch(ours))
+    assert calls == [3, 1, 2, 1] * 2
+    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+
+
+def test_switched_off_and_merged_layers_are_the_base_layer(device, calls):
+    _, ours = pair_with(lora(), "text", "after", device)
+    with ours.disable_adapter():
+        step(ours, text_batch(ours))
+    ours.merge_adapter()
+    step(ours, text_batch(ours))
+    assert calls == []
+    ours.unmerge_adapter()
+    step(ours, text_batch(ours))
+    assert calls
+
+
+FALLBACKS = {
+    "dropout with DoRA": lambda model: None,
+    "hooks on the base layer": lambda model: first(model).base_layer.register_forward_hook(lambda *_: None),
+    "lora_A is no plain": lambda model: setattr(first(model).lora_A["default"], "bias", nn.Parameter(torch.zeros(4))),
+    "autocast": lambda model: None,
+}
+
+
+def first(model):
+    return next(module for module in model.modules() if adapters.is_adapted(module))
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_what_is_not_covered_runs_peft_and_is_logged(reason, device, calls, caplog):
+    config = lora(target_modules=["q_proj"], layers_to_transform=[0])
+    if "DoRA" in reason:
+        config = lora(target_modules=["q_proj"], layers_to_transform=[0], use_dora=True, lora_dropout=0.3)
+    plain, ours = pair_with(config, "text", "after", device)
+    FALLBACKS[reason](ours), FALLBACKS[reason](plain)
+    with caplog.at_level(logging.WARNING, "m3kernels"), torch.autocast(device, torch.bfloat16, reason == "autocast"):
+        torch.manual_seed(0)
+        ours_loss = step(ours, text_batch(ours))
+        torch.manual_seed(0)
+        plain_loss = step(plain, text_batch(plain))
+    assert calls == [] and any(reason in record.message for record in caplog.records), caplog.text
+    torch.testing.assert_close(ours_loss, plain_loss, rtol=2e-2 if reason == "autocast" else 1e-4, atol=0)
+
+
+def test_report_counts_layers_and_says_what_is_left():
+    model = get_peft_model(build("vlm"), LoraConfig(r=4, target_modules="all-linear"))
+    report = patch(model)
+    assert report.patched["lora_linear"] == sum(map(adapters.is_adapted, model.modules())) == 31
+    model = wrap(build(), lora(use_dora=True, lora_dropout=0.1, target_modules=["q_proj"]))
+    report = patch(model)
+    assert report.patched["lora_linear"] == 0 and {s.op for s in report.skipped} == {"lora_linear"}
+    assert "dropout with DoRA" in str(report)
+
+
+def test_the_op_alone_and_its_way_back(device, calls):
+    plain = wrap(build(device=device), lora())
+    ours = copy.deepcopy(plain)
+    patch(ours, ops="lora_linear")
+    step(ours, text_batch(ours))
+    assert calls == [1] * 14  # one by one: attention and MLP are the model's own
+    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+    unpatch(ours)
+    calls.clear()
+    step(ours, text_batch(ours))
+    assert calls == [] and [type(m) for m in ours.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_other_ops_leave_adapters_to_peft(device, calls):
+    model = wrap(build(device=device), lora())
+    patch(model, ops=["rotary", "swiglu"])
+    step(model, text_batch(model))
+    assert calls == []
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_twenty_steps_move_as_pefts(dora, device, calls):
+    """AdamW turns rounding into steps of its size: what counts is that the losses stay together, and how far they moved."""
+    plain, ours = pair_with(lora(use_dora=dora, target_modules=PROJECTIONS), "text", "before", device)
+    batch, losses = text_batch(plain), []
+    for model in (plain, ours):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        mine = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = step(model, batch)
+            loss.backward()
+            optimizer.step()
+            mine.append(loss.item())
+        losses.append(mine)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0][-1] < 0.9 * losses[0][0]
+    trained = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    for name, p in plain.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(trained[name], p, rtol=0, atol=2e-3)
