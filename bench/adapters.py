@@ -1,4 +1,4 @@
-"""LoRA and DoRA linears in the op benchmark: PEFT's numbers that ``m3kernels``' own will stand beside.
+"""LoRA and DoRA linears in the op benchmark, beside PEFT's; a model's layers of one input: adapter_grid.
 
 LoRA: y = x W^T + s (x A^T) B^T          DoRA: y = m / ||W + s B A|| * that, the norm by rows and detached
 """
@@ -106,6 +106,18 @@ def peft(compile_it: bool):
     return build
 
 
+def ours(shape: Shape, given: Tensors):
+    from m3kernels import ops
+
+    def function(t: Tensors) -> tuple[Tensor]:
+        layer = (t["x"], t["weight"], t["A"], t["B"])
+        if shape["dora"]:
+            return (ops.dora_linear(*layer, t["magnitude"], SCALING),)
+        return (ops.lora_linear(*layer, SCALING),)
+
+    return function
+
+
 OP = Op(inputs=inputs, outputs={"y": ("rows", "out")}, wrt=_wrt, reference=reference, cost=cost, report_memory=True)
 
 
@@ -120,4 +132,4 @@ CASES = (
     _case("lora_linear", 3072, 9216),
     _case("dora_linear", 4096, 14336),
 )
-PEERS = {op: {"eager": eager, "peft": peft(False), "peft+compile": peft(True)} for op in OPS}
+PEERS = {op: {"eager": eager, "peft": peft(False), "peft+compile": peft(True), "m3kernels": ours} for op in OPS}

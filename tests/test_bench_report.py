@@ -193,10 +193,8 @@ def test_costs_are_the_bytes_and_flops_of_the_targets_limits():
 def test_every_case_has_its_op_and_every_op_its_peers():
     assert {c.op for c in CASES} == set(OPS) == set(peers.PEERS) == set(report_tables.NAMES)
     assert len({(c.op, c.label) for c in CASES}) == len(CASES)
-    # ours for adapters is to come; their peers are measured already
-    to_come = {"lora_linear", "dora_linear"}
-    for op, table in peers.PEERS.items():
-        assert {"eager", *(() if op in to_come else (peers.OURS,))} <= set(table) <= set(peers.ORDER)
+    for table in peers.PEERS.values():
+        assert {"eager", peers.OURS} <= set(table) <= set(peers.ORDER)
 
 
 def test_a_peer_package_that_cannot_be_imported_says_why(monkeypatch):

@@ -41,6 +41,8 @@ rotary = importlib.import_module("m3kernels.ops.rotary")
 loss = importlib.import_module("m3kernels.ops._cross_entropy_kernels")
 launchers = importlib.import_module("m3kernels.ops._attention_triton")
 decode = importlib.import_module("m3kernels.ops.attention_decode")
+adapters = importlib.import_module("m3kernels.ops._lora_launch")
+dora = importlib.import_module("m3kernels.ops.dora_linear")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -285,6 +287,49 @@ def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:
     }
 
 
+def adapter_types(kernel, constexprs: dict, **other: str) -> dict:
+    types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names if n not in constexprs}
+    return types | {"p_seed": "*i64", "dropout": "fp32", "scale": "fp32", "scaling": "fp32"} | other
+
+
+@pytest.mark.parametrize("rank", [16, 64, 128, 512])
+@pytest.mark.parametrize(("split", "drops"), [(False, False), (True, False), (True, True)])
+def test_lora_shrink(rank, split, drops):
+    kernel, config = adapters.lora_shrink_kernel, adapters.config_for(adapters.SHRINK, rank)
+    constexprs = {"BLOCK_M": config.rows, "BLOCK_K": config.cols, "RANK": rank, "SPLIT": split, "DROPS": drops}
+    constexprs |= {"PRECISION": "tf32"}
+    report = compile_sm90(kernel, config.warps, constexprs, adapter_types(kernel, constexprs), config.stages)
+    check(kernel, report, rank)
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64, 128])
+@pytest.mark.parametrize(("split", "drops", "du"), [(False, False, True), (True, False, True), (True, True, False)])
+def test_lora_grads(rank, split, drops, du):
+    kernel, config = adapters.lora_grads_kernel, adapters.config_for(adapters.GRADS, rank)
+    constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": du, "SPLIT": split}
+    constexprs |= {"DROPS": drops, "PRECISION": "tf32"}
+    types = adapter_types(kernel, constexprs, p_du="*fp32", p_db="*fp32")
+    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), rank)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("split", [False, True])
+def test_dora_norm(rank, split):
+    kernel = dora.dora_norm_kernel
+    constexprs = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": rank, "SPLIT": split, "PRECISION": "tf32"}
+    types = adapter_types(kernel, constexprs, p_gram="*fp32", p_norm="*fp32", p_b="*fp32" if split else "*bf16")
+    check(kernel, compile_sm90(kernel, 8, constexprs, types, 3), rank)
+
+
+def test_lora_expand_and_dora_gradient():
+    kernel, constexprs = adapters.lora_expand_kernel, {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": 64, "ADDS": True}
+    constexprs |= {"PRECISION": "tf32"}
+    check(kernel, compile_sm90(kernel, 8, constexprs, adapter_types(kernel, constexprs)), 64)
+    kernel, constexprs = adapters.dora_grad_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}
+    types = adapter_types(kernel, constexprs, p_scale="*fp32", p_sum="*fp32")
+    check(kernel, compile_sm90(kernel, 4, constexprs, types), 256)
+
+
 HOPPER = [(True, False, False), (False, False, False), (True, True, False), (True, False, True), (True, True, True)]
 needs_its_gluon = pytest.mark.skipif(
     not HAS_TRITON or not metadata.version("triton").startswith(MEASURED_WITH),
@@ -323,6 +368,20 @@ def test_attention_hopper_backward(causal, window, packed):
     assert report["spilled"] <= (700 if window else 320)
     # dq is added 16 bytes at a time
     assert "add.v4.f32" in report["ptx"]
+
+
+@needs_its_gluon
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_linear_hopper(across, scaled):
+    module = importlib.import_module("m3kernels.ops._linear_hopper")
+    kernel, a_tile = module.linear_low_rank_kernel, f"tensordesc<bf16[64,64],{module.A_TILE.value!r}>"
+    out_tile = f"tensordesc<bf16[64,256],{module.B_TILE_ACROSS.value!r}>"
+    right = out_tile if across else f"tensordesc<bf16[256,64],{module.B_TILE.value!r}>"
+    types = {"p_scale": "*fp32", "d_a": a_tile, "d_t": a_tile, "d_b": right, "d_l": right, "d_out": out_tile}
+    report = compile_gluon(kernel, {"ACROSS": across, "SCALED": scaled}, types, num_warps=4, maxnreg=168)
+    assert report["shared"] <= SHARED_MEMORY and not report["serialised"] and report["spilled"] == 0
+    assert "wgmma.mma_async" in report["ptx"] and "setmaxnreg" in report["ptx"]
 
 
 def test_the_check_fails_for_a_configuration_that_spills():

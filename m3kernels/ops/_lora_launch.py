@@ -27,7 +27,7 @@ class SkinnyConfig:
 
 
 # by columns of t in one program
-SHRINK = {64: SkinnyConfig(64, 128, 4, 4), 128: SkinnyConfig(64, 64, 4, 3), 512: SkinnyConfig(32, 32, 8, 2)}
+SHRINK = {64: SkinnyConfig(64, 128, 4, 4), 128: SkinnyConfig(64, 64, 8, 3), 512: SkinnyConfig(16, 32, 8, 2)}
 GRADS = {16: SkinnyConfig(64, 512, 8, 2), 64: SkinnyConfig(64, 256, 8, 2), 128: SkinnyConfig(32, 128, 8, 2)}
 # above, two cuBLAS products read dy twice and are faster than one pass (r 64: 188 us for 218, 8192 x 14336)
 ONE_PASS_RANK = 32
@@ -175,7 +175,7 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
         (cdiv(width, 128), cdiv(rows, 64)),
         *(du, a, dx, seed, du.stride(0), a.stride(0), dx.stride(0), rows, width, a.shape[0], dropout),
         **{"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": min(64, columns_of(a.shape[0])), "ADDS": adds},
-        PRECISION=precision(dx),
+        **{"PRECISION": precision(dx), "num_warps": 8},
     )
 
 

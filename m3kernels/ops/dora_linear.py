@@ -108,7 +108,7 @@ def _norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         *(weight, a, B, gram, norm, weight.stride(0), a.stride(0), 2 * rank * width, B.stride(0)),
         *(*weight.shape, rank, scaling),
         **{"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": min(64, skinny.columns_of(rank)), "SPLIT": split},
-        **{"PRECISION": skinny.precision(weight), "num_warps": 4, "num_stages": 3},
+        **{"PRECISION": skinny.precision(weight), "num_warps": 8, "num_stages": 3},
     )
     return norm
 
