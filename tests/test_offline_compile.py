@@ -42,7 +42,7 @@ loss = importlib.import_module("m3kernels.ops._cross_entropy_kernels")
 launchers = importlib.import_module("m3kernels.ops._attention_triton")
 decode = importlib.import_module("m3kernels.ops.attention_decode")
 adapters = importlib.import_module("m3kernels.ops._lora_launch")
-dora = importlib.import_module("m3kernels.ops.dora_linear")
+dora = importlib.import_module("m3kernels.ops._dora_scale")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -55,6 +55,7 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constexprs else types[n] for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or n.endswith(("stride", "width", "vocab"))]
+    aligned += [n for n in ("n1", "n2", "n3") if n in names]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -289,7 +290,8 @@ def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:
 
 def adapter_types(kernel, constexprs: dict, **other: str) -> dict:
     types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names if n not in constexprs}
-    return types | {"p_seed": "*i64", "dropout": "fp32", "scale": "fp32", "scaling": "fp32"} | other
+    types |= dict.fromkeys(("dropout", "scale", "s1", "s2", "s3"), "fp32")
+    return types | {"p_seed": "*i64"} | other
 
 
 @pytest.mark.parametrize("rank", [16, 64, 128, 512])
@@ -302,23 +304,35 @@ def test_lora_shrink(rank, split, drops):
     check(kernel, report, rank)
 
 
-@pytest.mark.parametrize("rank", [16, 32, 64, 128])
-@pytest.mark.parametrize(("split", "drops", "du"), [(False, False, True), (True, False, True), (True, True, False)])
-def test_lora_grads(rank, split, drops, du):
-    kernel, config = adapters.lora_grads_kernel, adapters.config_for(adapters.GRADS, rank)
-    constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": du, "SPLIT": split}
-    constexprs |= {"DROPS": drops, "PRECISION": "tf32"}
-    types = adapter_types(kernel, constexprs, p_du="*fp32", p_db="*fp32")
+@pytest.mark.parametrize("form", adapters.GRADS, ids=str)
+def test_lora_grads(form):
+    (rank, split, scaled), config, kernel = form, adapters.GRADS[form], adapters.lora_grads_kernel
+    constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": True, "SPLIT": split}
+    constexprs |= {"DROPS": False, "SCALED": scaled, "PRECISION": "tf32"}
+    types = adapter_types(kernel, constexprs, **dict.fromkeys(("p_du", "p_db", "p_scale", "p_total"), "*fp32"))
+    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), rank)
+
+
+@pytest.mark.parametrize("rank", [16, adapters.MOST_AT_ONCE])
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_lora_grads_with_dropout(rank, precision):
+    config, kernel = adapters.WIDE, adapters.lora_grads_kernel
+    constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": False, "DROPS": True}
+    constexprs |= {"SPLIT": precision == "tf32", "SCALED": False, "PRECISION": precision}
+    types = adapter_types(kernel, constexprs, **dict.fromkeys(("p_du", "p_db", "p_scale", "p_total"), "*fp32"))
+    if precision == "ieee":
+        types |= {n: "*fp32" for n, t in types.items() if t == "*bf16"}
     check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), rank)
 
 
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("split", [False, True])
-def test_dora_norm(rank, split):
-    kernel = dora.dora_norm_kernel
-    constexprs = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": rank, "SPLIT": split, "PRECISION": "tf32"}
-    types = adapter_types(kernel, constexprs, p_gram="*fp32", p_norm="*fp32", p_b="*fp32" if split else "*bf16")
-    check(kernel, compile_sm90(kernel, 8, constexprs, types, 3), rank)
+def test_dora_scale(rank, split):
+    kernel = dora.dora_scale_kernel
+    constexprs = {"BLOCK_N": 16, "BLOCK_K": 64, "BLOCK_R": rank, "SPLIT": split, "INSIDE": True, "PRECISION": "tf32"}
+    fp32 = ["p_gram", "p_norm", "p_scale"] + [f"p_{n}{j}" for n in "bm" for j in (1, 2, 3)] * split
+    types = adapter_types(kernel, constexprs, **dict.fromkeys(fp32, "*fp32"))
+    check(kernel, compile_sm90(kernel, 4, constexprs, types, 3), rank)
 
 
 def test_lora_expand_and_dora_gradient():

@@ -91,7 +91,9 @@ def test_switched_off_and_merged_layers_are_the_base_layer(device, calls):
 FALLBACKS = {
     "dropout with DoRA": lambda model: None,
     "hooks on the base layer": lambda model: first(model).base_layer.register_forward_hook(lambda *_: None),
-    "lora_A is no plain": lambda model: setattr(first(model).lora_A["default"], "bias", nn.Parameter(torch.zeros(4))),
+    "lora_A is no plain": lambda model: setattr(
+        first(model).lora_A["default"], "bias", nn.Parameter(torch.zeros(4, device=model.device))
+    ),
     "autocast": lambda model: None,
 }
 

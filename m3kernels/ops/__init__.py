@@ -3,7 +3,7 @@
 from m3kernels.ops._common import KernelLaunchError
 from m3kernels.ops.attention import attention, attention_reference
 from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference
-from m3kernels.ops.dora_linear import dora_linear, dora_linear_reference, dora_norm, dora_norm_reference, dora_scale
+from m3kernels.ops.dora_linear import dora_linear, dora_linear_reference, dora_norm, dora_norm_reference
 from m3kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from m3kernels.ops.lora_linear import Adapted, lora_linear, lora_linear_reference, lora_linears
 from m3kernels.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -31,7 +31,6 @@ __all__ = [
     "dora_linear_reference",
     "dora_norm",
     "dora_norm_reference",
-    "dora_scale",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "llama4_scale",

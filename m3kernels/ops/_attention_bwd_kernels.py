@@ -6,6 +6,7 @@ product: Triton 3.4 to 3.7.0 stores those wrongly.
 """
 
 from m3kernels.ops._attention_kernels import LOG2E, key_range, key_tiles, load_rows, sequence
+from m3kernels.ops._products import add_product
 from m3kernels.ops._triton import tl, triton
 
 
@@ -84,17 +85,6 @@ def query_tiles(
 
 
 @triton.jit
-def _add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
-    """``b_sum + b_left b_right``; in fp32 a tile's product is summed by itself, since one chain over all queries rounds worse."""
-    if PRECISION == "ieee":
-        # an addition would be folded into the product's own chain
-        b_sum = tl.fma(tl.dot(b_left, b_right, input_precision=PRECISION), 1.0, b_sum)
-    else:
-        b_sum += tl.dot(b_left, b_right, input_precision=PRECISION)
-    return b_sum
-
-
-@triton.jit
 def _add_queries(
     b_dk,
     b_dv,
@@ -136,9 +126,9 @@ def _add_queries(
             lo, hi = key_range(o_q, p_ranges, q_len, k_len, window, CAUSAL, WINDOW, RANGES)
             seen = (o_k[None, :] >= lo[:, None]) & (o_k[None, :] < hi[:, None])
             p = tl.where(seen, p, 0.0)
-        b_dv = _add_product(b_dv, tl.trans(b_dout), p.to(b_dout.dtype), PRECISION)
+        b_dv = add_product(b_dv, tl.trans(b_dout), p.to(b_dout.dtype), PRECISION)
         ds = p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
-        b_dk = _add_product(b_dk, tl.trans(b_q), ds.to(b_q.dtype), PRECISION)
+        b_dk = add_product(b_dk, tl.trans(b_q), ds.to(b_q.dtype), PRECISION)
     return b_dk, b_dv
 
 
@@ -265,7 +255,7 @@ def _add_keys(
         if MASKED:
             p = tl.where((o_k[None, :] >= lo[:, None]) & (o_k[None, :] < hi[:, None]), p, 0.0)
         ds = p * (tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
-        b_dq = _add_product(b_dq, ds.to(b_k.dtype), b_k, PRECISION)
+        b_dq = add_product(b_dq, ds.to(b_k.dtype), b_k, PRECISION)
     return b_dq
 
 

@@ -14,6 +14,7 @@ three times the rank gives the sum.
 Dropout's mask is made anew wherever it is needed, from a counter: (seed; row, column).
 """
 
+from m3kernels.ops._products import add_product
 from m3kernels.ops._triton import tl, triton
 
 # Philox with 7 rounds passes BigCrush (Salmon et al. 2011); torch's has 10
@@ -42,15 +43,72 @@ def _store_parts(p_out, b_x, part_stride, mask, FIRST: tl.constexpr, SPLIT: tl.c
 
 
 @triton.jit
+def _one_of(which, first, second, third):
+    """A number of projection ``which``."""
+    return tl.where(which == 0, first, tl.where(which == 1, second, third))
+
+
+@triton.jit
+def _pointer_of(which, p_first, p_second, p_third):
+    if which == 1:
+        p_first = p_second
+    elif which == 2:
+        p_first = p_third
+    return p_first
+
+
+@triton.jit
 def lora_parts_kernel(
-    p_x, p_out, x_stride, out_stride, part_stride, rows, cols, scale, BLOCK: tl.constexpr, SPLIT: tl.constexpr
+    p_a1,
+    p_a2,
+    p_a3,
+    p_b1,
+    p_b2,
+    p_b3,
+    p_scale,
+    p_a,
+    p_low,
+    s1,
+    s2,
+    s3,
+    n1,
+    n2,
+    n3,
+    width,
+    rank,
+    padded,
+    a_blocks,
+    count,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """scale * x (rows, cols) as [hi | hi | lo] along whichever dimension ``part_stride`` says."""
-    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, col = o_x // cols, o_x % cols
-    mask = row < rows
-    b_x = tl.load(p_x + row * x_stride + col, mask=mask, other=0.0).to(tl.float32) * tl.cast(scale, tl.float32)
-    _store_parts(p_out + row * out_stride + col, b_x, part_stride, mask, "hi", SPLIT)
+    """A of all projections as [hi ; hi ; lo], rows from j * ``padded`` on, and s B (times a scale of each row) as [hi | hi | lo].
+
+    The first ``a_blocks`` blocks of each projection are A's; B's rows follow each other.
+    """
+    index = tl.program_id(0)
+    o_x = tl.arange(0, BLOCK)
+    if index < a_blocks * count:
+        which = index // a_blocks
+        o_x = (index % a_blocks).to(tl.int64) * BLOCK + o_x
+        mask = o_x < rank * width
+        b_x = tl.load(_pointer_of(which, p_a1, p_a2, p_a3) + o_x, mask=mask, other=0.0).to(tl.float32)
+        p_out = p_a + which.to(tl.int64) * padded * width + o_x
+        _store_parts(p_out, b_x, rank * width, mask, "hi", SPLIT)
+    else:
+        o_x = (index - a_blocks * count).to(tl.int64) * BLOCK + o_x
+        row, col = o_x // rank, o_x % rank
+        mask = row < n1 + n2 + n3
+        which = (row >= n1).to(tl.int32) + (row >= n1 + n2)
+        inside = (row - _one_of(which, 0, n1, n1 + n2)) * rank + col
+        b_x = tl.load(p_b1 + inside, mask=mask & (which == 0), other=0.0).to(tl.float32)
+        b_x += tl.load(p_b2 + inside, mask=mask & (which == 1), other=0.0).to(tl.float32)
+        b_x += tl.load(p_b3 + inside, mask=mask & (which == 2), other=0.0).to(tl.float32)
+        b_x *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        if SCALED:
+            b_x *= tl.load(p_scale + row, mask=mask, other=0.0)
+        _store_parts(p_low + row * padded + col, b_x, rank, mask, "hi", SPLIT)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -93,27 +151,39 @@ def lora_shrink_kernel(
         if DROPS:
             b_x = _keep(b_x.to(tl.float32), p_seed + group, o_m, k + o_k, dropout).to(b_x.dtype)
         b_a = tl.load(p_a + k, mask=m_k[:, None] & m_r[None, :], other=0.0)
-        b_t += tl.dot(b_x, b_a, input_precision=PRECISION)
+        b_t = add_product(b_t, b_x, b_a, PRECISION)
         if SPLIT:
             b_lo = tl.load(p_a + 2 * each * a_stride + k, mask=m_k[:, None] & m_r[None, :], other=0.0)
-            b_t += tl.dot(b_x, b_lo, input_precision=PRECISION)
+            b_t = add_product(b_t, b_x, b_lo, PRECISION)
     p_t += o_m.to(tl.int64)[:, None] * t_stride + place[None, :]
     _store_parts(p_t, b_t, each, m_m[:, None] & m_r[None, :], "lo", SPLIT)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_each"])
 def lora_grads_kernel(
-    p_y,
-    p_b,
+    p_y1,
+    p_y2,
+    p_y3,
+    p_low,
     p_t,
     p_du,
     p_db,
     p_seed,
-    y_stride,
-    b_stride,
-    t_stride,
+    p_out1,
+    p_out2,
+    p_out3,
+    p_dz1,
+    p_dz2,
+    p_dz3,
+    p_scale,
+    p_total,
+    n1,
+    n2,
+    n3,
     rows,
-    cols,
+    low_stride,
+    t_stride,
+    padded,
     rank,
     part,
     rows_each,
@@ -124,72 +194,133 @@ def lora_grads_kernel(
     WITH_DU: tl.constexpr,
     SPLIT: tl.constexpr,
     DROPS: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Columns of one block, rows of one share: partial du (column blocks, M, RANK) and db (shares, N, RANK), fp32.
+    """Columns of one block of one projection, rows of one share: partial du (blocks, M, RANK), db (shares, N of all, RANK).
 
-    ``part``: columns from hi to lo in t; in b lo is the third part.
+    ``part``: columns from hi to lo in t; in low, lo is the third part. SCALED (DoRA): also dz = scale * y, and for each share
+    the sum of y * out over rows.
     """
     block, share = tl.program_id(0), tl.program_id(1)
-    o_n, o_r, o_b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RANK), tl.arange(0, BLOCK_M)
+    first1, first2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
+    which = (block >= first1).to(tl.int32) + (block >= first2)
+    cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)
+    p_y, inside = _pointer_of(which, p_y1, p_y2, p_y3), block - _one_of(which, 0, first1, first2)
+    o_n, o_r, o_b = inside * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RANK), tl.arange(0, BLOCK_M)
     m_n, m_r = o_n < cols, o_r < rank
+    p_t += which * padded
     if WITH_DU:
-        p_b += o_n.to(tl.int64)[:, None] * b_stride + o_r[None, :]
-        b_b = tl.load(p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)
+        p_low += (before + o_n).to(tl.int64)[:, None] * low_stride + o_r[None, :]
+        b_b = tl.load(p_low, mask=m_n[:, None] & m_r[None, :], other=0.0)
         if SPLIT:
-            b_lo = tl.load(p_b + 2 * part, mask=m_n[:, None] & m_r[None, :], other=0.0)
+            b_lo = tl.load(p_low + 2 * part, mask=m_n[:, None] & m_r[None, :], other=0.0)
+    if SCALED:
+        p_out, p_dz = _pointer_of(which, p_out1, p_out2, p_out3), _pointer_of(which, p_dz1, p_dz2, p_dz3)
+        scale = tl.load(p_scale + before + o_n, mask=m_n, other=0.0)
+        b_total = tl.zeros([BLOCK_N], tl.float32)
+    o_tile = o_b[:, None] * cols + o_n[None, :]
     b_db = tl.zeros([BLOCK_N, RANK], tl.float32)
     first = share * rows_each
     end = tl.minimum(first + rows_each, rows)
     for m in range(first, end, BLOCK_M):
         o_m = m + o_b
         m_m = o_m < end
-        p_row = p_y + o_m.to(tl.int64)[:, None] * y_stride + o_n[None, :]
-        b_y = tl.load(p_row, mask=m_m[:, None] & m_n[None, :], other=0.0)
+        o_y, mask = tl.cast(m, tl.int64) * cols, m_m[:, None] & m_n[None, :]
+        b_y = tl.load(p_y + o_y + o_tile, mask=mask, other=0.0)
+        if SCALED:
+            b_total += tl.sum(
+                b_y.to(tl.float32) * tl.load(p_out + o_y + o_tile, mask=mask, other=0.0).to(tl.float32), axis=0
+            )
+            tl.store(p_dz + o_y + o_tile, (b_y.to(tl.float32) * scale[None, :]).to(b_y.dtype), mask=mask)
         p_row = p_t + o_m.to(tl.int64)[:, None] * t_stride + o_r[None, :]
         b_t = tl.load(p_row, mask=m_m[:, None] & m_r[None, :], other=0.0)
         if DROPS:
             b_y = _keep(b_y.to(tl.float32), p_seed, o_m, o_n, dropout).to(b_y.dtype)
-        b_db += tl.dot(tl.trans(b_y), b_t, input_precision=PRECISION)
+        b_db = add_product(b_db, tl.trans(b_y), b_t, PRECISION)
         if SPLIT:
             b_t = tl.load(p_row + part, mask=m_m[:, None] & m_r[None, :], other=0.0)
-            b_db += tl.dot(tl.trans(b_y), b_t, input_precision=PRECISION)
+            b_db = add_product(b_db, tl.trans(b_y), b_t, PRECISION)
         if WITH_DU:
             b_du = tl.dot(b_y, b_b, input_precision=PRECISION)
             if SPLIT:
                 b_du += tl.dot(b_y, b_lo, input_precision=PRECISION)
             o_du = (block.to(tl.int64) * rows + o_m[:, None]) * RANK + o_r[None, :]
             tl.store(p_du + o_du, b_du, mask=m_m[:, None])
-    o_db = (share.to(tl.int64) * cols + o_n[:, None]) * RANK + o_r[None, :]
+    o_db = (share.to(tl.int64) * (n1 + n2 + n3) + before + o_n[:, None]) * RANK + o_r[None, :]
     tl.store(p_db + o_db, b_db, mask=m_n[:, None])
+    if SCALED:
+        tl.store(p_total + share.to(tl.int64) * (n1 + n2 + n3) + before + o_n, b_total, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit
+def _add_up(p_parts, o_m, o_r, rows, first, end, RANK: tl.constexpr):
+    """The sum over parts ``first`` to ``end`` of (parts, rows, RANK), in their order."""
+    total = tl.zeros([o_m.shape[0], RANK], tl.float32)
+    p_parts += (first * rows).to(tl.int64) * RANK + o_m.to(tl.int64)[:, None] * RANK + o_r[None, :]
+    for _ in range(first, end):
+        total += tl.load(p_parts, mask=(o_m < rows)[:, None], other=0.0)
+        p_parts += rows.to(tl.int64) * RANK
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "shares"])
 def lora_sum_kernel(
-    p_parts,
-    p_out,
-    out_row_stride,
-    out_col_stride,
+    p_part_du,
+    p_part_db,
+    p_du,
+    p_db1,
+    p_db2,
+    p_db3,
+    p_scale,
+    s1,
+    s2,
+    s3,
+    n1,
+    n2,
+    n3,
     rows,
-    parts,
+    du_stride,
+    db_row_stride,
+    db_col_stride,
+    padded,
     rank,
     part,
-    scale,
+    shares,
+    du_programs,
+    count,
     BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
     SPLIT: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """out (rows, rank) = scale * the sum of ``parts`` (parts, rows, RANK), in their order; [hi | lo | hi] where SPLIT."""
-    o_m, o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, RANK)
-    m_m = o_m < rows
-    o_part = o_m.to(tl.int64)[:, None] * RANK + o_r[None, :]
-    total = tl.zeros([BLOCK, RANK], tl.float32)
-    for _ in range(0, parts):
-        total += tl.load(p_parts + o_part, mask=m_m[:, None], other=0.0)
-        p_parts += rows.to(tl.int64) * RANK
-    total *= tl.cast(scale, tl.float32)
-    p_out += o_m.to(tl.int64)[:, None] * out_row_stride + o_r.to(tl.int64)[None, :] * out_col_stride
-    _store_parts(p_out, total, part * out_col_stride, m_m[:, None] & (o_r < rank)[None, :], "lo", SPLIT)
+    """du of each projection, as [hi | lo | hi] where SPLIT, and db = s * sum (times a scale of each row)."""
+    index, o_r = tl.program_id(0), tl.arange(0, RANK)
+    m_r = (o_r < rank)[None, :]
+    if index < du_programs * count:
+        which = index // du_programs
+        o_m = (index % du_programs) * BLOCK + tl.arange(0, BLOCK)
+        first1, first2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
+        last = first2 + tl.cdiv(n3, BLOCK_N)
+        first, end = _one_of(which, 0, first1, first2), _one_of(which, first1, first2, last)
+        total = _add_up(p_part_du, o_m, o_r, rows, first, end, RANK)
+        p_out = p_du + o_m.to(tl.int64)[:, None] * du_stride + which * padded + o_r[None, :]
+        _store_parts(p_out, total, part, (o_m < rows)[:, None] & m_r, "lo", SPLIT)
+    else:
+        o_n, n = (index - du_programs * count) * BLOCK + tl.arange(0, BLOCK), n1 + n2 + n3
+        total = _add_up(p_part_db, o_n, o_r, n, 0, shares, RANK)
+        which = (o_n >= n1).to(tl.int32) + (o_n >= n1 + n2)
+        factor = _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        if SCALED:
+            factor *= tl.load(p_scale + o_n, mask=o_n < n, other=0.0)
+        total *= factor[:, None]
+        inside = (o_n - _one_of(which, 0, n1, n1 + n2)).to(tl.int64)
+        o_out = inside[:, None] * db_row_stride + o_r.to(tl.int64)[None, :] * db_col_stride
+        result = total.to(p_db1.dtype.element_ty)
+        tl.store(p_db1 + o_out, result, mask=((which == 0) & (o_n < n))[:, None] & m_r)
+        tl.store(p_db2 + o_out, result, mask=((which == 1) & (o_n < n))[:, None] & m_r)
+        tl.store(p_db3 + o_out, result, mask=((which == 2) & (o_n < n))[:, None] & m_r)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -222,7 +353,7 @@ def lora_expand_kernel(
         p_right = p_a + (r + o_r).to(tl.int64)[:, None] * a_stride + o_k[None, :]
         b_du = tl.load(p_left, mask=m_m[:, None] & m_r[None, :], other=0.0)
         b_a = tl.load(p_right, mask=m_r[:, None] & m_k[None, :], other=0.0)
-        b_dx += tl.dot(b_du, b_a, input_precision=PRECISION)
+        b_dx = add_product(b_dx, b_du, b_a, PRECISION)
     b_dx = _keep(b_dx, p_seed, o_m, o_k, dropout)
     p_dx += o_m.to(tl.int64)[:, None] * dx_stride + o_k[None, :]
     mask = m_m[:, None] & m_k[None, :]

@@ -15,6 +15,9 @@ from m3kernels.ops._lora_kernels import (
     lora_sum_kernel,
 )
 
+MOST = 3  # projections of one input
+MAX_RANK = 512
+
 
 @dataclass(frozen=True)
 class SkinnyConfig:
@@ -28,10 +31,48 @@ class SkinnyConfig:
 
 # by columns of t in one program
 SHRINK = {64: SkinnyConfig(64, 128, 4, 4), 128: SkinnyConfig(64, 64, 8, 3), 512: SkinnyConfig(16, 32, 8, 2)}
-GRADS = {16: SkinnyConfig(64, 512, 8, 2), 64: SkinnyConfig(64, 256, 8, 2), 128: SkinnyConfig(32, 128, 8, 2)}
-# above, two cuBLAS products read dy twice and are faster than one pass (r 64: 188 us for 218, 8192 x 14336)
-ONE_PASS_RANK = 32
-MAX_RANK = 512
+# (columns, split, DoRA): of 9 each, H100 (8192 x 14336: 124, 146 and 145 us, where two cuBLAS products take 175)
+GRADS = {
+    (16, False, False): SkinnyConfig(64, 512, 8, 2),
+    (16, True, False): SkinnyConfig(64, 256, 8, 2),
+    (32, False, False): SkinnyConfig(64, 512, 8, 2),
+    (16, False, True): SkinnyConfig(64, 256, 8, 2),
+    (16, True, True): SkinnyConfig(64, 256, 8, 2),
+    (32, False, True): SkinnyConfig(64, 256, 8, 2),
+}
+# with dropout, and for fp32, where products are no business of tensor cores
+WIDE = SkinnyConfig(32, 64, 4, 1)
+MOST_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How parts lie: ``width`` columns for one projection (3 x rank where ``split``), ``padded`` to 16 bytes."""
+
+    rank: int
+    split: bool
+    count: int
+
+    @classmethod
+    def of(cls, x: Tensor, a: Tensor, count: int) -> "Layout":
+        return cls(a.shape[0], a.dtype == torch.float32 and x.dtype != torch.float32, count)
+
+    @property
+    def width(self) -> int:
+        return self.rank * (3 if self.split else 1)
+
+    @property
+    def padded(self) -> int:
+        return cdiv(self.width, 8) * 8
+
+    def buffer(self, like: Tensor, *size: int) -> Tensor:
+        # what lies between the parts is multiplied with other padding: it must be finite
+        make = torch.empty if self.padded == self.width else torch.zeros
+        return make(size, dtype=like.dtype, device=like.device)
+
+    def parts(self, t: Tensor) -> list[Tensor]:
+        """Each projection's columns."""
+        return [t[:, j * self.padded : j * self.padded + self.width] for j in range(self.count)]
 
 
 def config_for(table: dict[int, SkinnyConfig], columns: int) -> SkinnyConfig:
@@ -47,6 +88,16 @@ def columns_of(rank: int) -> int:
     return max(16, next_power_of_2(rank))
 
 
+def three(tensors: list[Tensor]) -> list[Tensor]:
+    """As many as a kernel takes; the last one again where there are fewer."""
+    return [*tensors, *(tensors[-1:] * (MOST - len(tensors)))]
+
+
+def sizes(tensors: list[Tensor]) -> list[int]:
+    """N of each projection (its last dimension), 0 where there is none."""
+    return [t.shape[-1] for t in tensors] + [0] * (MOST - len(tensors))
+
+
 def product32(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -54,35 +105,47 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def as_parts(x: Tensor, out: Tensor, part_stride: int, scale: float, split: bool) -> None:
-    """Writes scale * x into ``out``, as [hi | hi | lo] where ``split``."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+def as_parts(
+    x: Tensor,
+    many_a: list[Tensor],
+    many_b: list[Tensor],
+    scalings: list[float],
+    layout: Layout,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(A of all (count * padded, K), s B of all (N of all, padded), each row times ``scale`` where given) as parts.
+
+    Either list may be empty.
+    """
+    total = sum(b.shape[0] for b in many_b)
+    a = layout.buffer(x, len(many_a) * layout.padded, x.shape[1])
+    low = layout.buffer(x, total, layout.padded)
+    many_a, many_b = ([t.contiguous() for t in many] for many in (many_a, many_b))
+    a_blocks = cdiv(layout.rank * x.shape[1], 1024) if many_a else 0
     launch(
         "lora_linear (parts)",
         lora_parts_kernel,
-        (cdiv(x.numel(), 1024),),
-        *(x, out, x.stride(0), out.stride(0), part_stride, *x.shape, scale),
-        **{"BLOCK": 1024, "SPLIT": split},
+        (a_blocks * len(many_a) + cdiv(total * layout.rank, 1024),),
+        *(*three(many_a or many_b), *three(many_b or many_a), low if scale is None else scale, a, low),
+        *(*scalings, *[0.0] * (MOST - len(scalings)), *sizes([b.T for b in many_b])),
+        *(x.shape[1], layout.rank, layout.padded, a_blocks, len(many_a)),
+        **{"BLOCK": 1024, "SPLIT": layout.split, "SCALED": scale is not None},
     )
+    return a, low
 
 
-def shrink(
-    x: Tensor,
-    a: Tensor,
-    t: Tensor,
-    rank: int,
-    count: int,
-    padded: int,
-    split: bool,
-    dropout: float,
-    seed: Tensor | None,
-) -> None:
-    """t = drop(x) A^T for ``count`` projections of one rank, whose parts begin every ``padded`` columns of t and rows of a."""
+def shrink(x: Tensor, a: Tensor, layout: Layout, dropout: float, seeds: Tensor | None) -> Tensor:
+    """t = drop(x) A^T of all projections (M, count * padded)."""
+    rank, count, split = layout.rank, layout.count, layout.split
+    t = layout.buffer(x, x.shape[0], count * layout.padded)
     groups = count if dropout else 1
     columns = rank * (count // groups)
-    if columns > 64 and not split and not dropout and padded == rank:
-        torch.mm(x, a.T, out=t)
-        return
+    if _by_cublas(x, dropout) or (columns > 64 and x.is_cuda and not split and not dropout):
+        if layout.padded == rank:
+            return torch.mm(x, a.T, out=t)
+        for j, part in enumerate(layout.parts(t)):
+            part.copy_(x @ a[j * layout.padded :][:rank].T)
+        return t
     if columns > MAX_RANK:  # three of large rank
         groups, columns = count, rank
     config = config_for(SHRINK, columns_of(columns))
@@ -90,80 +153,136 @@ def shrink(
         "lora_linear (shrink)",
         lora_shrink_kernel,
         (groups, cdiv(x.shape[0], config.rows)),
-        *(x, a, t, t if seed is None else seed, x.stride(0), a.stride(0), t.stride(0)),
-        *(*x.shape, columns, rank, padded, dropout),
+        *(x, a, t, t if seeds is None else seeds, x.stride(0), a.stride(0), t.stride(0)),
+        *(*x.shape, columns, rank, layout.padded, dropout),
         **{"BLOCK_M": config.rows, "BLOCK_K": config.cols, "RANK": columns_of(columns), "SPLIT": split},
         **{"DROPS": dropout > 0, "PRECISION": precision(x), "num_warps": config.warps, "num_stages": config.stages},
     )
+    return t
+
+
+def _by_cublas(x: Tensor, dropout: float) -> bool:
+    """fp32 is cuBLAS's: our kernels would add nothing but another order of sums."""
+    return x.dtype == torch.float32 and x.is_cuda and not dropout
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """DoRA's part of a backward: the outputs (or z in fp16), the scale of all, and where dz goes."""
+
+    outs: list[Tensor]
+    scale: Tensor
+    dzs: list[Tensor]
 
 
 def _one_pass(
-    y: Tensor, b: Tensor, t: Tensor, rank: int, split: bool, du: Tensor | None, db: Tensor, scaling: float,
-    dropout: float = 0.0, seed: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Writes du = y b where it is given, and db = scaling * drop(y)^T t, reading y once for every 128 of the rank."""
-    rows, cols = y.shape
-    most = max(GRADS)
-    for first in range(0, rank, most):
-        here = min(most, rank - first)
+    ys: list[Tensor], low: Tensor, t: Tensor, layout: Layout, du: Tensor | None, dbs: list[Tensor], scalings: list[float],
+    scaled: Scaled | None = None, dropout: float = 0.0, seeds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """du = y low where it is given and db = scaling * drop(y)^T t of each, reading every y once for each 128 of the rank.
+
+    Returns:
+        with ``scaled``, the sum of y * out over rows (N of all,), and dz is written.
+    """
+    rows, split = ys[0].shape[0], layout.split
+    ns, total = sizes(ys), sum(y.shape[1] for y in ys)
+    for first in range(0, layout.rank, MOST_AT_ONCE):
+        here = min(MOST_AT_ONCE, layout.rank - first)
         columns = columns_of(here)
-        config = config_for(GRADS, columns)
-        blocks = cdiv(cols, config.cols)
-        each = cdiv(cdiv(rows, max(1, sm_count(y.device) // blocks)), config.rows) * config.rows
-        part_db = y.new_empty((cdiv(rows, each), cols, columns), dtype=torch.float32)
-        part_du = part_db if du is None else y.new_empty((blocks, rows, columns), dtype=torch.float32)
+        fast = not dropout and precision(ys[0]) == "tf32"
+        config = GRADS.get((columns, split, scaled is not None), WIDE) if fast else WIDE
+        blocks = sum(cdiv(n, config.cols) for n in ns)
+        per_sm = 2 if config.cols < 512 else 1
+        shares = min(cdiv(rows, config.rows), max(1, cdiv(per_sm * sm_count(ys[0].device), blocks)))
+        each = cdiv(cdiv(rows, shares), config.rows) * config.rows
+        shares = cdiv(rows, each)
+        part_db = t.new_empty((shares, total, columns), dtype=torch.float32)
+        part_du = part_db if du is None else t.new_empty((blocks, rows, columns), dtype=torch.float32)
+        sums = part_db if scaled is None else t.new_empty((shares, total), dtype=torch.float32)
+        extra = (*three(scaled.outs), *three(scaled.dzs), scaled.scale) if scaled else (*(ys[0],) * 6, part_db)
         launch(
             "lora_linear backward",
             lora_grads_kernel,
-            (blocks, part_db.shape[0]),
-            *(y, b[:, first:], t[:, first:], part_du, part_db, t if seed is None else seed),
-            *(y.stride(0), b.stride(0), t.stride(0), rows, cols, here, rank, each, dropout),
+            (blocks, shares),
+            *(*three(ys), low[:, first:], t[:, first:], part_du, part_db, t if seeds is None else seeds, *extra, sums),
+            *(*ns, rows, low.stride(0), t.stride(0), layout.padded, here, layout.rank, each, dropout),
             **{"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": columns, "WITH_DU": du is not None},
-            **{"SPLIT": split, "DROPS": dropout > 0, "PRECISION": precision(y)},
+            **{"SPLIT": split, "DROPS": dropout > 0, "SCALED": scaled is not None, "PRECISION": precision(ys[0])},
             **{"num_warps": config.warps, "num_stages": config.stages},
         )
-        _add_up(part_db, db[:, first:], here, rank, scaling, False)
-        if du is not None:
-            _add_up(part_du, du[:, first:], here, rank, 1.0, split)
+        du_programs = 0 if du is None else cdiv(rows, 32)
+        outs = [db[:, first:] for db in dbs]
+        launch(
+            "lora_linear backward (sum)",
+            lora_sum_kernel,
+            (du_programs * len(ys) + cdiv(total, 32),),
+            *(part_du, part_db, part_db if du is None else du[:, first:], *three(outs)),
+            *(part_db if scaled is None else scaled.scale, *scalings, *[0.0] * (MOST - len(scalings)), *ns),
+            *(rows, 0 if du is None else du.stride(0), *outs[0].stride(), layout.padded, here, layout.rank),
+            *(shares, du_programs, len(ys)),
+            **{"BLOCK": 32, "BLOCK_N": config.cols, "RANK": columns, "SPLIT": split, "SCALED": scaled is not None},
+            num_warps=2,
+        )
+    return sums if scaled is None else sums.sum(0)
 
 
-def _add_up(parts: Tensor, out: Tensor, rank: int, part: int, scale: float, split: bool) -> None:
-    count, rows, columns = parts.shape
-    launch(
-        "lora_linear backward (sum)",
-        lora_sum_kernel,
-        (cdiv(rows, 32),),
-        *(parts, out, *out.stride(), rows, count, rank, part, scale),
-        **{"BLOCK": 32, "RANK": columns, "SPLIT": split, "num_warps": 2},
-    )
+def du_and_dbs(
+    dys: list[Tensor],
+    low: Tensor,
+    t: Tensor,
+    layout: Layout,
+    dbs: list[Tensor],
+    scalings: list[float],
+    scaled: Scaled | None,
+) -> tuple[Tensor, Tensor | None]:
+    """du = dy low of all projections (M, count * padded), and writes db = scaling * scale * dy^T t (N, R) of each.
+
+    ``low`` holds the scaling (and DoRA's scale) already.
+
+    Returns:
+        (du, with ``scaled`` the sum of dy * out over rows (N of all,)); dz is written.
+    """
+    rank, split = layout.rank, layout.split
+    du = layout.buffer(t, t.shape[0], t.shape[1])
+    if not t.is_cuda or ((columns_of(rank), split, scaled is not None) in GRADS and not _by_cublas(t, 0.0)):
+        return du, _one_pass([dy.contiguous() for dy in dys], low, t, layout, du, dbs, scalings, scaled)
+    start, totals = 0, []
+    for j, (dy, part, t_j, db, scaling) in enumerate(zip(dys, layout.parts(du), layout.parts(t), dbs, scalings)):
+        end = start + dy.shape[1]
+        if split:
+            both = product32(dy, low[start:end, rank : 3 * rank])  # [hi | lo]
+            total = both[:, :rank] + both[:, rank:]
+            hi = total.to(du.dtype)
+            part[:, :rank] = part[:, 2 * rank :] = hi
+            part[:, rank : 2 * rank] = total - hi.float()
+            both = product32(dy.T, t_j[:, : 2 * rank])
+            found = both[:, :rank] + both[:, rank:]
+        else:
+            torch.mm(dy, low[start:end, :rank], out=part)
+            found = product32(dy.T, t_j)
+        if scaled:
+            scale = scaled.scale[start:end]
+            found.mul_(scale[:, None])
+            totals.append(_dora_grads(dy, scaled.outs[j], scale, scaled.dzs[j]))
+        db.copy_(found.mul_(scaling))
+        start = end
+    return du, torch.cat(totals) if scaled else None
 
 
-def du_and_db(
-    dy: Tensor, low: Tensor, t: Tensor, du: Tensor, rank: int, scaling: float, split: bool, db: Tensor
-) -> None:
-    """Writes du = dy low (M, parts) and db = scaling * dy^T t (N, R); ``low`` holds the scaling already."""
-    if rank <= ONE_PASS_RANK or not dy.is_cuda:
-        _one_pass(dy, low, t, rank, split, du, db, scaling)
-    elif not split:
-        torch.mm(dy, low, out=du)
-        db.copy_(product32(dy.T, t).mul_(scaling))
-    else:
-        both = product32(dy, low[:, rank:])  # [hi | lo]
-        total = both[:, :rank] + both[:, rank:]
-        hi = total.to(du.dtype)
-        du[:, :rank] = du[:, 2 * rank :] = hi
-        du[:, rank : 2 * rank] = (total - hi.float()).to(du.dtype)
-        both = product32(dy.T, t[:, : 2 * rank])
-        db.copy_((both[:, :rank] + both[:, rank:]).mul_(scaling))
-
-
-def da_of(x: Tensor, du: Tensor, rank: int, split: bool, dropout: float, seed: Tensor | None, da: Tensor) -> None:
-    """Writes dA = du^T drop(x) (R, K) of one projection."""
+def das_of(x: Tensor, du: Tensor, layout: Layout, like: Tensor, dropout: float, seeds: Tensor | None) -> list[Tensor]:
+    """dA = du^T drop(x) (R, K) of each projection."""
+    rank, count = layout.rank, layout.count
     if dropout:
-        _one_pass(x, x, du, rank, split, None, da.T, 1.0, dropout, seed)
-        return
-    found = product32(du[:, : 2 * rank if split else rank].T, x)
-    da.copy_(found[:rank] + found[rank:] if split else found)
+        das = [like.new_empty((rank, x.shape[1])) for _ in range(count)]
+        one = Layout(rank, layout.split, 1)
+        for j, (da, part) in enumerate(zip(das, layout.parts(du))):
+            _one_pass([x.contiguous()], x, part, one, None, [da.T], [1.0], None, dropout, seeds[j:])
+        return das
+    # one product for all: x is read once
+    if layout.split:
+        found = product32(du.T, x).view(count, layout.padded, -1)
+        return [one[:rank] + one[rank : 2 * rank] for one in found]
+    return [one[:rank].clone() for one in torch.mm(du.T, x).view(count, layout.padded, -1)]
 
 
 def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: Tensor) -> None:
@@ -179,10 +298,9 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
     )
 
 
-def dora_grads(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale * dy, sum over rows of dy * y in fp32)."""
+def _dora_grads(dy: Tensor, out: Tensor, scale: Tensor, dz: Tensor) -> Tensor:
+    """Writes dz = scale * dy and returns the sum over rows of dy * out in fp32."""
     rows, cols = dy.shape
-    dz = torch.empty((rows, cols), dtype=dy.dtype, device=dy.device)
     blocks = cdiv(cols, 256)
     each = cdiv(cdiv(rows, max(1, 4 * sm_count(dy.device) // blocks)), 16) * 16
     parts = dy.new_empty((cdiv(rows, each), cols), dtype=torch.float32)
@@ -190,7 +308,7 @@ def dora_grads(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         "dora_linear backward",
         dora_grad_kernel,
         (blocks, parts.shape[0]),
-        *(dy, y, scale, dz, parts, dy.stride(0), y.stride(0), rows, cols, each),
+        *(dy, out, scale, dz, parts, dy.stride(0), out.stride(0), rows, cols, each),
         **{"BLOCK_M": 16, "BLOCK_N": 256},
     )
-    return dz, parts.sum(0)
+    return parts.sum(0)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
 from m3kernels.ops._lora_launch import MAX_RANK
-from m3kernels.ops.dora_linear import dora_scale
 from m3kernels.ops.lora_linear import MOST, Adapted, lora_linears
 from m3kernels.patching.classes import (
     fused_forward,
@@ -38,7 +37,7 @@ class Planned:
     def alike(self) -> tuple:
         """Layers of one input that agree in this go together."""
         a = self.adapted.A
-        return a.shape[0], a.dtype, self.dropout, self.adapted.scale is None
+        return a.shape[0], a.dtype, self.dropout, self.adapted.magnitude is None
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -119,14 +118,13 @@ def _plan(layer: nn.Module, x: Tensor) -> Planned | None:
     if len(names) > 1:
         a = torch.cat([part.weight for part in many_a])
         b, scaling = torch.cat([part.weight * s for part, s in zip(many_b, scalings)], dim=1), 1.0
-    scale = None
-    if names[0] in layer.lora_variant:
-        scale = dora_scale(base.weight, a, b, layer.lora_magnitude_vector[names[0]].weight, scaling)
+    dora = names[0] in layer.lora_variant
+    magnitude = layer.lora_magnitude_vector[names[0]].weight if dora else None
     bias = base.bias
     for part, s in zip(many_b, scalings):
         if part.bias is not None:
             bias = s * part.bias if bias is None else bias + s * part.bias
-    return Planned(Adapted(base.weight, a, b, scaling, scale), bias, _dropout(layer, names[0]))
+    return Planned(Adapted(base.weight, a, b, scaling, magnitude), bias, _dropout(layer, names[0]))
 
 
 def _compute(x: Tensor, plans: list[Planned]) -> list[Tensor]:

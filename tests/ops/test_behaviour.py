@@ -111,8 +111,8 @@ def test_forward_mode_is_not_dropped_without_gradients():
 
 def _lora_arguments(scaled: bool):
     x, weight, A, B = (make(LORA)[n] for n in ("x", "weight", "A", "B"))
-    scales = [torch.ones(len(weight), device=DEVICE, requires_grad=True) if scaled else None, None, None]
-    return x, weight, A, B, *[None] * 6, *scales, None, [0.5], 0.0
+    magnitudes = [torch.ones(len(weight), device=DEVICE, requires_grad=True) if scaled else None, None, None]
+    return x, weight, A, B, *[None] * 6, *magnitudes, None, [0.5], 0.0
 
 
 OPCHECKS = {

@@ -26,13 +26,13 @@ def layers_of(width, outs, rank, dtype, adapters, dora=False, seed=0):
     found = []
     for out in outs:
         weight, a = draw(out, width, scale=width**-0.5), draw(rank, width, to=adapters, scale=width**-0.5)
-        scale = (1 + draw(out, to=torch.float32, scale=0.2).detach()).requires_grad_() if dora else None
-        found.append(Adapted(weight, a, draw(out, rank, to=adapters, scale=rank**-0.5), 0.7, scale))
+        magnitude = (1 + draw(out, to=adapters, scale=0.2).detach()).requires_grad_() if dora else None
+        found.append(Adapted(weight, a, draw(out, rank, to=adapters, scale=rank**-0.5), 0.7, magnitude))
     return draw(5, 23, width), found
 
 
 def tensors_of(x, layers):
-    return [x, *(t for p in layers for t in (p.weight, p.A, p.B, p.scale) if t is not None)]
+    return [x, *(t for p in layers for t in (p.weight, p.A, p.B, p.magnitude) if t is not None)]
 
 
 def run(function, x, layers):
@@ -44,12 +44,14 @@ def run(function, x, layers):
 
 
 def plain(x, layers):
-    return [ops.lora_linear_reference(x, p.weight, p.A, p.B, p.scaling, scale=p.scale) for p in layers]
+    dora = lambda p: ops.dora_linear_reference(x, p.weight, p.A, p.B, p.magnitude, p.scaling)
+    lora = lambda p: ops.lora_linear_reference(x, p.weight, p.A, p.B, p.scaling)
+    return [lora(p) if p.magnitude is None else dora(p) for p in layers]
 
 
 def in_fp64(x, layers):
     wide = lambda t: None if t is None else t.detach().double().requires_grad_()
-    return wide(x), [Adapted(*map(wide, (p.weight, p.A, p.B)), p.scaling, wide(p.scale)) for p in layers]
+    return wide(x), [Adapted(*map(wide, (p.weight, p.A, p.B)), p.scaling, wide(p.magnitude)) for p in layers]
 
 
 SETTINGS = [
@@ -86,7 +88,7 @@ def test_error_is_at_most_eagers(setting):
     for i, (a, e, t) in enumerate(zip(ours, eager, truth)):
         # eager multiplies in fp32 and we to 2^-16, far below what bf16 outputs show
         precise = 2.0**-15 if a.dtype == torch.float32 and dtype != torch.float32 else 0.0
-        bound = allowed_error(relative_error(e, t), a.dtype, t.numel()) + precise
+        bound = allowed_error(relative_error(e, t), dtype, t.numel()) + precise
         assert relative_error(a, t) <= bound, (i, tuple(a.shape), relative_error(a, t), relative_error(e, t))
 
 

@@ -103,9 +103,11 @@ DORA = OpCase(
     **LORA_SHAPES,
     wrong={
         "norm of the frozen weight": lambda x, weight, A, B, magnitude: (
-            ops.lora_linears(x, [ops.Adapted(weight, A, B, 0.75, ops.dora_scale(weight, A, 0 * B, magnitude, 0.75))])[
-                0
-            ],
+            ops.dora_linear(
+                *(x, weight, A, B),
+                magnitude * (ops.dora_norm(weight, A, B, 0.75) / weight.norm(dim=1)).detach().to(magnitude.dtype),
+                0.75,
+            ),
         ),
         "norm not detached": lambda x, weight, A, B, magnitude: (
             ops.dora_linear(x, weight, A, B, magnitude, 0.75)
@@ -115,8 +117,12 @@ DORA = OpCase(
         "magnitude shifted": lambda x, weight, A, B, magnitude: (
             ops.dora_linear(x, weight, A, B, magnitude.roll(1), 0.75),
         ),
-        "scaling of the norm alone": lambda x, weight, A, B, magnitude: (
-            ops.lora_linears(x, [ops.Adapted(weight, A, B, 1.0, ops.dora_scale(weight, A, B, magnitude, 0.75))])[0],
+        "scaling in the norm alone": lambda x, weight, A, B, magnitude: (
+            ops.dora_linear(
+                *(x, weight, A, B),
+                magnitude * (ops.dora_norm(weight, A, B, 1.0) / ops.dora_norm(weight, A, B, 0.75)).to(magnitude.dtype),
+                1.0,
+            ),
         ),
     },
 )
