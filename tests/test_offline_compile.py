@@ -313,6 +313,23 @@ def test_lora_grads(form):
     check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), rank)
 
 
+@pytest.mark.parametrize(("split", "scaled"), [(False, False), (True, False), (True, True)])
+def test_lora_parts_and_sum(split, scaled):
+    """Also each branch's types: the interpreter lets a name have one in each."""
+    kernel, constexprs = adapters.lora_parts_kernel, {"BLOCK": 1024, "SPLIT": split, "SCALED": scaled}
+    sources = dict.fromkeys([f"p_{n}{j}" for n in "ab" for j in (1, 2, 3)], "*fp32" if split else "*bf16")
+    types = adapter_types(kernel, constexprs, p_scale="*fp32", **sources)
+    check(kernel, compile_sm90(kernel, 4, constexprs, types), 0)
+    kernel, constexprs = adapters.lora_sum_kernel, {"BLOCK": 32, "BLOCK_N": 256, "RANK": 16, "SPLIT": split}
+    constexprs |= {"SCALED": scaled}
+    fp32 = ["p_part_du", "p_part_db", "p_scale"] + [f"p_db{j}" for j in (1, 2, 3)] * split
+    check(
+        kernel,
+        compile_sm90(kernel, 2, constexprs, adapter_types(kernel, constexprs, **dict.fromkeys(fp32, "*fp32"))),
+        0,
+    )
+
+
 @pytest.mark.parametrize("rank", [16, adapters.MOST_AT_ONCE])
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_lora_grads_with_dropout(rank, precision):

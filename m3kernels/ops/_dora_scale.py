@@ -59,7 +59,9 @@ def dora_scale_kernel(
     p_b = _pointer_of(which, p_b1, p_b2, p_b3) + o_n.to(tl.int64)[:, None] * rank
     p_a += which.to(tl.int64) * padded * width
     p_gram += which * rank * rank
-    square = tl.zeros([BLOCK_N], tl.float32)
+    # by elements: a sum in every step would make the warps wait for each other
+    squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    low_rank = tl.zeros([BLOCK_N], tl.float32)
     for r in range(0, rank, BLOCK_R):
         m_r = r + o_r < rank
         wa = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -79,7 +81,7 @@ def dora_scale_kernel(
                     gram = add_product(gram, b_a, tl.trans(b_lo), PRECISION)
                     gram = add_product(gram, b_lo, tl.trans(b_a), PRECISION)
             if r == 0:
-                square += tl.sum(b_w.to(tl.float32) * b_w.to(tl.float32), axis=1)
+                squares += b_w.to(tl.float32) * b_w.to(tl.float32)
         b_b = tl.load(p_b + (r + o_r)[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0).to(tl.float32)
         if INSIDE:
             ba = tl.dot(b_b, gram, input_precision="ieee")
@@ -91,8 +93,8 @@ def dora_scale_kernel(
                 p_part = p_gram + (i + o_r)[:, None] * rank + (r + o_r)[None, :]
                 b_gram = tl.load(p_part, mask=m_i[:, None] & m_r[None, :], other=0.0)
                 ba += tl.dot(b_other.to(tl.float32), b_gram, input_precision="ieee")
-        square += tl.sum(b_b * (2.0 * s * wa + s * s * ba), axis=1)
-    norm = tl.sqrt(tl.maximum(square, 0.0))
+        low_rank += tl.sum(b_b * (2.0 * s * wa + s * s * ba), axis=1)
+    norm = tl.sqrt(tl.maximum(tl.sum(squares, axis=1) + low_rank, 0.0))
     magnitude = tl.load(_pointer_of(which, p_m1, p_m2, p_m3) + o_n, mask=m_n, other=0.0).to(tl.float32)
     scale = tl.div_rn(magnitude, norm)
     tl.store(p_norm + before + o_n, norm, mask=m_n)

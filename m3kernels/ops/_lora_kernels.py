@@ -88,27 +88,25 @@ def lora_parts_kernel(
     The first ``a_blocks`` blocks of each projection are A's; B's rows follow each other.
     """
     index = tl.program_id(0)
-    o_x = tl.arange(0, BLOCK)
     if index < a_blocks * count:
-        which = index // a_blocks
-        o_x = (index % a_blocks).to(tl.int64) * BLOCK + o_x
-        mask = o_x < rank * width
-        b_x = tl.load(_pointer_of(which, p_a1, p_a2, p_a3) + o_x, mask=mask, other=0.0).to(tl.float32)
-        p_out = p_a + which.to(tl.int64) * padded * width + o_x
-        _store_parts(p_out, b_x, rank * width, mask, "hi", SPLIT)
+        of = index // a_blocks
+        o_a = (index % a_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m_a = o_a < rank * width
+        b_a = tl.load(_pointer_of(of, p_a1, p_a2, p_a3) + o_a, mask=m_a, other=0.0).to(tl.float32)
+        _store_parts(p_a + of.to(tl.int64) * padded * width + o_a, b_a, rank * width, m_a, "hi", SPLIT)
     else:
-        o_x = (index - a_blocks * count).to(tl.int64) * BLOCK + o_x
-        row, col = o_x // rank, o_x % rank
-        mask = row < n1 + n2 + n3
+        o_b = (index - a_blocks * count).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        row, col = o_b // rank, o_b % rank
+        m_b = row < n1 + n2 + n3
         which = (row >= n1).to(tl.int32) + (row >= n1 + n2)
         inside = (row - _one_of(which, 0, n1, n1 + n2)) * rank + col
-        b_x = tl.load(p_b1 + inside, mask=mask & (which == 0), other=0.0).to(tl.float32)
-        b_x += tl.load(p_b2 + inside, mask=mask & (which == 1), other=0.0).to(tl.float32)
-        b_x += tl.load(p_b3 + inside, mask=mask & (which == 2), other=0.0).to(tl.float32)
-        b_x *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        b_b = tl.load(p_b1 + inside, mask=m_b & (which == 0), other=0.0).to(tl.float32)
+        b_b += tl.load(p_b2 + inside, mask=m_b & (which == 1), other=0.0).to(tl.float32)
+        b_b += tl.load(p_b3 + inside, mask=m_b & (which == 2), other=0.0).to(tl.float32)
+        b_b *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
         if SCALED:
-            b_x *= tl.load(p_scale + row, mask=mask, other=0.0)
-        _store_parts(p_low + row * padded + col, b_x, rank, mask, "hi", SPLIT)
+            b_b *= tl.load(p_scale + row, mask=m_b, other=0.0)
+        _store_parts(p_low + row * padded + col, b_b, rank, m_b, "hi", SPLIT)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -218,7 +216,8 @@ def lora_grads_kernel(
     if SCALED:
         p_out, p_dz = _pointer_of(which, p_out1, p_out2, p_out3), _pointer_of(which, p_dz1, p_dz2, p_dz3)
         scale = tl.load(p_scale + before + o_n, mask=m_n, other=0.0)
-        b_total = tl.zeros([BLOCK_N], tl.float32)
+        # by elements: a sum over rows in every step would make the warps wait for each other
+        b_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     o_tile = o_b[:, None] * cols + o_n[None, :]
     b_db = tl.zeros([BLOCK_N, RANK], tl.float32)
     first = share * rows_each
@@ -250,13 +249,13 @@ def lora_grads_kernel(
     o_db = (share.to(tl.int64) * (n1 + n2 + n3) + before + o_n[:, None]) * RANK + o_r[None, :]
     tl.store(p_db + o_db, b_db, mask=m_n[:, None])
     if SCALED:
-        tl.store(p_total + share.to(tl.int64) * (n1 + n2 + n3) + before + o_n, b_total, mask=m_n)
+        tl.store(p_total + share.to(tl.int64) * (n1 + n2 + n3) + before + o_n, tl.sum(b_total, axis=0), mask=m_n)
 
 
 @triton.jit
-def _add_up(p_parts, o_m, o_r, rows, first, end, RANK: tl.constexpr):
+def _add_up(p_parts, o_m, o_r, rows, first, end, BLOCK: tl.constexpr, RANK: tl.constexpr):
     """The sum over parts ``first`` to ``end`` of (parts, rows, RANK), in their order."""
-    total = tl.zeros([o_m.shape[0], RANK], tl.float32)
+    total = tl.zeros([BLOCK, RANK], tl.float32)
     p_parts += (first * rows).to(tl.int64) * RANK + o_m.to(tl.int64)[:, None] * RANK + o_r[None, :]
     for _ in range(first, end):
         total += tl.load(p_parts, mask=(o_m < rows)[:, None], other=0.0)
@@ -299,25 +298,25 @@ def lora_sum_kernel(
     index, o_r = tl.program_id(0), tl.arange(0, RANK)
     m_r = (o_r < rank)[None, :]
     if index < du_programs * count:
-        which = index // du_programs
+        of = index // du_programs
         o_m = (index % du_programs) * BLOCK + tl.arange(0, BLOCK)
         first1, first2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
         last = first2 + tl.cdiv(n3, BLOCK_N)
-        first, end = _one_of(which, 0, first1, first2), _one_of(which, first1, first2, last)
-        total = _add_up(p_part_du, o_m, o_r, rows, first, end, RANK)
-        p_out = p_du + o_m.to(tl.int64)[:, None] * du_stride + which * padded + o_r[None, :]
-        _store_parts(p_out, total, part, (o_m < rows)[:, None] & m_r, "lo", SPLIT)
+        first, end = _one_of(of, 0, first1, first2), _one_of(of, first1, first2, last)
+        b_du = _add_up(p_part_du, o_m, o_r, rows, first, end, BLOCK, RANK)
+        p_out = p_du + o_m.to(tl.int64)[:, None] * du_stride + of * padded + o_r[None, :]
+        _store_parts(p_out, b_du, part, (o_m < rows)[:, None] & m_r, "lo", SPLIT)
     else:
         o_n, n = (index - du_programs * count) * BLOCK + tl.arange(0, BLOCK), n1 + n2 + n3
-        total = _add_up(p_part_db, o_n, o_r, n, 0, shares, RANK)
+        b_db = _add_up(p_part_db, o_n, o_r, n, n * 0, shares, BLOCK, RANK)
         which = (o_n >= n1).to(tl.int32) + (o_n >= n1 + n2)
         factor = _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
         if SCALED:
             factor *= tl.load(p_scale + o_n, mask=o_n < n, other=0.0)
-        total *= factor[:, None]
+        b_db *= factor[:, None]
         inside = (o_n - _one_of(which, 0, n1, n1 + n2)).to(tl.int64)
         o_out = inside[:, None] * db_row_stride + o_r.to(tl.int64)[None, :] * db_col_stride
-        result = total.to(p_db1.dtype.element_ty)
+        result = b_db.to(p_db1.dtype.element_ty)
         tl.store(p_db1 + o_out, result, mask=((which == 0) & (o_n < n))[:, None] & m_r)
         tl.store(p_db2 + o_out, result, mask=((which == 1) & (o_n < n))[:, None] & m_r)
         tl.store(p_db3 + o_out, result, mask=((which == 2) & (o_n < n))[:, None] & m_r)
@@ -371,7 +370,7 @@ def dora_grad_kernel(
     o_n, o_b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     m_n = o_n < cols
     scale = tl.load(p_scale + o_n, mask=m_n, other=1.0)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = share * rows_each
     end = tl.minimum(first + rows_each, rows)
     for m in range(first, end, BLOCK_M):
@@ -379,6 +378,6 @@ def dora_grad_kernel(
         mask = (m + o_b < end)[:, None] & m_n[None, :]
         dy = tl.load(p_dy + o_m * dy_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
         y = tl.load(p_y + o_m * y_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(dy * y, axis=0)
+        total += dy * y
         tl.store(p_dz + o_m * cols + o_n[None, :], (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
-    tl.store(p_sum + share.to(tl.int64) * cols + o_n, total, mask=m_n)
+    tl.store(p_sum + share.to(tl.int64) * cols + o_n, tl.sum(total, axis=0), mask=m_n)

@@ -33,11 +33,11 @@ class SkinnyConfig:
 SHRINK = {64: SkinnyConfig(64, 128, 4, 4), 128: SkinnyConfig(64, 64, 8, 3), 512: SkinnyConfig(16, 32, 8, 2)}
 # (columns, split, DoRA): of 9 each, H100 (8192 x 14336: 124, 146 and 145 us, where two cuBLAS products take 175)
 GRADS = {
-    (16, False, False): SkinnyConfig(64, 512, 8, 2),
-    (16, True, False): SkinnyConfig(64, 256, 8, 2),
-    (32, False, False): SkinnyConfig(64, 512, 8, 2),
+    (16, False, False): SkinnyConfig(64, 512, 8, 3),
+    (16, True, False): SkinnyConfig(64, 128, 4, 3),
+    (32, False, False): SkinnyConfig(64, 256, 8, 3),
     (16, False, True): SkinnyConfig(64, 256, 8, 2),
-    (16, True, True): SkinnyConfig(64, 256, 8, 2),
+    (16, True, True): SkinnyConfig(64, 128, 4, 2),
     (32, False, True): SkinnyConfig(64, 256, 8, 2),
 }
 # with dropout, and for fp32, where products are no business of tensor cores

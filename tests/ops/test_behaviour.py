@@ -169,10 +169,12 @@ def test_any_strides(case):
     dense, sparse = make(case), make(case)
     for name in case.wrt:
         sparse[name] = strided(sparse[name])
+    # cuBLAS, which multiplies by the adapters' frozen weights, has another order of sums for other strides
+    exact = {"rtol": 1e-5, "atol": 1e-4} if "ora_linear" in case.name and DEVICE == "cuda" else {"rtol": 0, "atol": 0}
     for a, b in zip(case.ours(**sparse), case.ours(**dense)):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, b, **exact)
     for a, b in zip(gradients(case, case.ours, sparse), gradients(case, case.ours, dense)):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, b, **exact)
 
 
 def test_rows_of_a_wider_buffer_are_addressed_without_a_copy():

@@ -88,7 +88,9 @@ def test_error_is_at_most_eagers(setting):
     for i, (a, e, t) in enumerate(zip(ours, eager, truth)):
         # eager multiplies in fp32 and we to 2^-16, far below what bf16 outputs show
         precise = 2.0**-15 if a.dtype == torch.float32 and dtype != torch.float32 else 0.0
-        bound = allowed_error(relative_error(e, t), dtype, t.numel()) + precise
+        # DoRA's scale goes with B: one rounding more, which shows where all else is fp32
+        factor = 4 / 3 if dora and dtype == torch.float32 else 1.0
+        bound = factor * allowed_error(relative_error(e, t), dtype, t.numel()) + precise
         assert relative_error(a, t) <= bound, (i, tuple(a.shape), relative_error(a, t), relative_error(e, t))
 
 
