@@ -249,7 +249,8 @@ def test_attention_decode(new, window, dim):
         "PRECISION": "tf32",
     }
     types = attention_types(kernel, constexprs) | {"p_partial": "*fp32", "p_length": "*i64"}
-    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), dim)
+    stages = config.stages if dim <= 128 else decode.WIDE_STAGES
+    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, stages), dim)
 
 
 @pytest.mark.parametrize("splits", [1, 64])
@@ -306,11 +307,14 @@ def test_lora_shrink(rank, split, drops):
 
 @pytest.mark.parametrize("form", adapters.GRADS, ids=str)
 def test_lora_grads(form):
-    (rank, split, scaled), config, kernel = form, adapters.GRADS[form], adapters.lora_grads_kernel
+    (rank, split), config, kernel = form, adapters.GRADS[form], adapters.lora_grads_kernel
     constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": True, "SPLIT": split}
-    constexprs |= {"DROPS": False, "SCALED": scaled, "PRECISION": "tf32"}
-    types = adapter_types(kernel, constexprs, **dict.fromkeys(("p_du", "p_db", "p_scale", "p_total"), "*fp32"))
-    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), rank)
+    constexprs |= {"DROPS": False, "PRECISION": "tf32"}
+    types = adapter_types(kernel, constexprs, p_du="*fp32", p_db="*fp32")
+    report = compile_sm90(kernel, config.warps, constexprs, types, config.stages)
+    check(kernel, report, rank)
+    # loads that run ahead of their use: without them the rate of memory is not reached
+    assert "cp.async" in report["ptx"]
 
 
 @pytest.mark.parametrize(("split", "scaled"), [(False, False), (True, False), (True, True)])
@@ -335,19 +339,25 @@ def test_lora_parts_and_sum(split, scaled):
 def test_lora_grads_with_dropout(rank, precision):
     config, kernel = adapters.WIDE, adapters.lora_grads_kernel
     constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": False, "DROPS": True}
-    constexprs |= {"SPLIT": precision == "tf32", "SCALED": False, "PRECISION": precision}
-    types = adapter_types(kernel, constexprs, **dict.fromkeys(("p_du", "p_db", "p_scale", "p_total"), "*fp32"))
+    constexprs |= {"SPLIT": precision == "tf32", "PRECISION": precision}
+    types = adapter_types(kernel, constexprs, p_du="*fp32", p_db="*fp32")
     if precision == "ieee":
         types |= {n: "*fp32" for n, t in types.items() if t == "*bf16"}
     check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), rank)
 
 
-@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("rank", [16, 32])
 @pytest.mark.parametrize("split", [False, True])
 def test_dora_scale(rank, split):
     kernel = dora.dora_scale_kernel
-    constexprs = {"BLOCK_N": 16, "BLOCK_K": 64, "BLOCK_R": rank, "SPLIT": split, "INSIDE": True, "PRECISION": "tf32"}
-    fp32 = ["p_gram", "p_norm", "p_scale"] + [f"p_{n}{j}" for n in "bm" for j in (1, 2, 3)] * split
+    constexprs = {
+        "BLOCK_N": dora.BLOCK_N,
+        "BLOCK_K": dora.BLOCK_K,
+        "BLOCK_R": rank,
+        "SPLIT": split,
+        "PRECISION": "tf32",
+    }
+    fp32 = ["p_norm", "p_scale"] + [f"p_m{j}" for j in (1, 2, 3)] * split
     types = adapter_types(kernel, constexprs, **dict.fromkeys(fp32, "*fp32"))
     check(kernel, compile_sm90(kernel, 4, constexprs, types, 3), rank)
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
-from m3kernels.ops._triton import HAS_TRITON, INTERPRET
+from m3kernels.ops._triton import HAS_TRITON, INTERPRET, knobs
 
 BACKENDS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,19 +78,74 @@ def why_no_triton(device_type: str) -> str:
 
 
 def launch(op: str, kernel, grid: tuple[int, ...], *args, **meta) -> None:
-    """Launch ``kernel`` on the device of its first argument; a failure names the op and the shapes."""
-    first = args[0]
+    """Launch ``kernel`` on the device of its first tensor; a failure names the op and the shapes.
+
+    ``args`` are the kernel's arguments up to its constexprs, ``meta`` the constexprs in their order, and launch options.
+    """
+    first = next(a for a in args if isinstance(a, Tensor))
     try:
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                kernel[grid](*args, **meta)
+                _run(kernel, grid, args, meta)
         else:
-            kernel[grid](*args, **meta)
+            _run(kernel, grid, args, meta)
     except Exception as error:
         shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in args if isinstance(a, Tensor))
         raise KernelLaunchError(
             f"{op}: kernel launch failed on {first.device} for {shapes}, grid {grid}: {error}"
         ) from error
+
+
+# the release whose compiled kernels' own interface is known here
+LAUNCHES_OF = "3.6."
+_compiled: dict[tuple, tuple] = {}
+
+
+@cache
+def _launches_directly() -> bool:
+    if INTERPRET or not HAS_TRITON or not torch.cuda.is_available() or torch.version.hip:
+        return False
+    return version("triton").startswith(LAUNCHES_OF)
+
+
+def _run(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
+    """``kernel[grid](*args, **meta)``; a call that is compiled already skips what Triton does to find that out.
+
+    That is half of a launch's time on the host. What a compiled kernel depends on, beside its constexprs: each argument's
+    type, whether a pointer or an integer is a multiple of 16, whether an integer is 1 or beyond 32 bits.
+    """
+    if not _launches_directly():
+        kernel[grid](*args, **meta)
+        return
+    device = torch.cuda.current_device()
+    key = (kernel.fn, device, *meta.items(), *map(_kind, args))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **meta)
+        rest = kernel.params[len(args) :]
+        # given as said above, and compiled by now (Triton can do that in the background)
+        if all(p.is_constexpr and p.name in meta for p in rest) and hasattr(compiled, "packed_metadata"):
+            _compiled[key] = compiled, tuple(meta[p.name] for p in rest)
+        return
+    compiled, constexprs = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    metadata = compiled.launch_metadata((x, y, z), stream, *args, *constexprs)
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *args, *constexprs)
+
+
+def _kind(a) -> object:
+    """What of an argument a compiled kernel depends on."""
+    kind = type(a)
+    if kind is int:
+        return a == 1, a & 15 == 0, -(2**31) <= a < 2**31, a < 2**63
+    if isinstance(a, Tensor):
+        return a.dtype, a.data_ptr() & 15 == 0
+    if kind is float or kind is bool or a is None:
+        return kind
+    # a tensor descriptor: the rest of it is read at the launch
+    return a.base.dtype, tuple(a.block_shape), id(a.layout)
 
 
 @cache

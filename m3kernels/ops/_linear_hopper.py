@@ -144,7 +144,11 @@ def linear_low_rank_kernel(
 
 
 def _blocks(x: Tensor, rows: int, cols: int, layout: gl.constexpr) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols], layout.value)
+    # what its constructor checks, `cannot` has: five of them would cost 30 us a call
+    blocks = object.__new__(TensorDescriptor)
+    blocks.base, blocks.shape, blocks.strides = x, list(x.shape), list(x.stride())
+    blocks.block_shape, blocks.layout, blocks.padding = [rows, cols], layout.value, "zero"
+    return blocks
 
 
 def cannot(a: Tensor, weight: Tensor, t: Tensor, low: Tensor, across: bool) -> str:

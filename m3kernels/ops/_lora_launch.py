@@ -31,14 +31,11 @@ class SkinnyConfig:
 
 # by columns of t in one program
 SHRINK = {64: SkinnyConfig(64, 128, 4, 4), 128: SkinnyConfig(64, 64, 8, 3), 512: SkinnyConfig(16, 32, 8, 2)}
-# (columns, split, DoRA): of 9 each, H100 (8192 x 14336: 124, 146 and 145 us, where two cuBLAS products take 175)
+# (columns, split): of 7 each, H100 (8192 x 18,432: 178, 206 and 210 us; two cuBLAS products take 240)
 GRADS = {
-    (16, False, False): SkinnyConfig(64, 512, 8, 3),
-    (16, True, False): SkinnyConfig(64, 128, 4, 3),
-    (32, False, False): SkinnyConfig(64, 256, 8, 3),
-    (16, False, True): SkinnyConfig(64, 256, 8, 2),
-    (16, True, True): SkinnyConfig(64, 128, 4, 2),
-    (32, False, True): SkinnyConfig(64, 256, 8, 2),
+    (16, False): SkinnyConfig(64, 512, 8, 3),
+    (16, True): SkinnyConfig(64, 128, 4, 3),
+    (32, False): SkinnyConfig(64, 256, 8, 3),
 }
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
@@ -166,31 +163,18 @@ def _by_cublas(x: Tensor, dropout: float) -> bool:
     return x.dtype == torch.float32 and x.is_cuda and not dropout
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """DoRA's part of a backward: the outputs (or z in fp16), the scale of all, and where dz goes."""
-
-    outs: list[Tensor]
-    scale: Tensor
-    dzs: list[Tensor]
-
-
 def _one_pass(
     ys: list[Tensor], low: Tensor, t: Tensor, layout: Layout, du: Tensor | None, dbs: list[Tensor], scalings: list[float],
-    scaled: Scaled | None = None, dropout: float = 0.0, seeds: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """du = y low where it is given and db = scaling * drop(y)^T t of each, reading every y once for each 128 of the rank.
-
-    Returns:
-        with ``scaled``, the sum of y * out over rows (N of all,), and dz is written.
-    """
+    scale: Tensor | None = None, dropout: float = 0.0, seeds: Tensor | None = None,
+) -> None:  # fmt: skip
+    """du = y low where it is given and db = scaling * scale * drop(y)^T t of each, reading y once for each 64 of the rank."""
     rows, split = ys[0].shape[0], layout.split
     ns, total = sizes(ys), sum(y.shape[1] for y in ys)
     for first in range(0, layout.rank, MOST_AT_ONCE):
         here = min(MOST_AT_ONCE, layout.rank - first)
         columns = columns_of(here)
         fast = not dropout and precision(ys[0]) == "tf32"
-        config = GRADS.get((columns, split, scaled is not None), WIDE) if fast else WIDE
+        config = GRADS.get((columns, split), WIDE) if fast else WIDE
         blocks = sum(cdiv(n, config.cols) for n in ns)
         per_sm = 2 if config.cols < 512 else 1
         shares = min(cdiv(rows, config.rows), max(1, cdiv(per_sm * sm_count(ys[0].device), blocks)))
@@ -198,16 +182,14 @@ def _one_pass(
         shares = cdiv(rows, each)
         part_db = t.new_empty((shares, total, columns), dtype=torch.float32)
         part_du = part_db if du is None else t.new_empty((blocks, rows, columns), dtype=torch.float32)
-        sums = part_db if scaled is None else t.new_empty((shares, total), dtype=torch.float32)
-        extra = (*three(scaled.outs), *three(scaled.dzs), scaled.scale) if scaled else (*(ys[0],) * 6, part_db)
         launch(
             "lora_linear backward",
             lora_grads_kernel,
             (blocks, shares),
-            *(*three(ys), low[:, first:], t[:, first:], part_du, part_db, t if seeds is None else seeds, *extra, sums),
+            *(*three(ys), low[:, first:], t[:, first:], part_du, part_db, t if seeds is None else seeds),
             *(*ns, rows, low.stride(0), t.stride(0), layout.padded, here, layout.rank, each, dropout),
             **{"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": columns, "WITH_DU": du is not None},
-            **{"SPLIT": split, "DROPS": dropout > 0, "SCALED": scaled is not None, "PRECISION": precision(ys[0])},
+            **{"SPLIT": split, "DROPS": dropout > 0, "PRECISION": precision(ys[0])},
             **{"num_warps": config.warps, "num_stages": config.stages},
         )
         du_programs = 0 if du is None else cdiv(rows, 32)
@@ -217,13 +199,12 @@ def _one_pass(
             lora_sum_kernel,
             (du_programs * len(ys) + cdiv(total, 32),),
             *(part_du, part_db, part_db if du is None else du[:, first:], *three(outs)),
-            *(part_db if scaled is None else scaled.scale, *scalings, *[0.0] * (MOST - len(scalings)), *ns),
+            *(part_db if scale is None else scale, *scalings, *[0.0] * (MOST - len(scalings)), *ns),
             *(rows, 0 if du is None else du.stride(0), *outs[0].stride(), layout.padded, here, layout.rank),
             *(shares, du_programs, len(ys)),
-            **{"BLOCK": 32, "BLOCK_N": config.cols, "RANK": columns, "SPLIT": split, "SCALED": scaled is not None},
+            **{"BLOCK": 32, "BLOCK_N": config.cols, "RANK": columns, "SPLIT": split, "SCALED": scale is not None},
             num_warps=2,
         )
-    return sums if scaled is None else sums.sum(0)
 
 
 def du_and_dbs(
@@ -233,21 +214,19 @@ def du_and_dbs(
     layout: Layout,
     dbs: list[Tensor],
     scalings: list[float],
-    scaled: Scaled | None,
-) -> tuple[Tensor, Tensor | None]:
-    """du = dy low of all projections (M, count * padded), and writes db = scaling * scale * dy^T t (N, R) of each.
+    scale: Tensor | None,
+) -> Tensor:
+    """du = dy low of all projections (M, count * padded); writes db = scaling * scale * dy^T t (N, R) of each.
 
-    ``low`` holds the scaling (and DoRA's scale) already.
-
-    Returns:
-        (du, with ``scaled`` the sum of dy * out over rows (N of all,)); dz is written.
+    ``low`` holds the scaling (and DoRA's ``scale`` (N of all,)) already.
     """
     rank, split = layout.rank, layout.split
     du = layout.buffer(t, t.shape[0], t.shape[1])
-    if not t.is_cuda or ((columns_of(rank), split, scaled is not None) in GRADS and not _by_cublas(t, 0.0)):
-        return du, _one_pass([dy.contiguous() for dy in dys], low, t, layout, du, dbs, scalings, scaled)
-    start, totals = 0, []
-    for j, (dy, part, t_j, db, scaling) in enumerate(zip(dys, layout.parts(du), layout.parts(t), dbs, scalings)):
+    if not t.is_cuda or ((columns_of(rank), split) in GRADS and not _by_cublas(t, 0.0)):
+        _one_pass([dy.contiguous() for dy in dys], low, t, layout, du, dbs, scalings, scale)
+        return du
+    start = 0
+    for dy, part, t_j, db, scaling in zip(dys, layout.parts(du), layout.parts(t), dbs, scalings):
         end = start + dy.shape[1]
         if split:
             both = product32(dy, low[start:end, rank : 3 * rank])  # [hi | lo]
@@ -260,13 +239,9 @@ def du_and_dbs(
         else:
             torch.mm(dy, low[start:end, :rank], out=part)
             found = product32(dy.T, t_j)
-        if scaled:
-            scale = scaled.scale[start:end]
-            found.mul_(scale[:, None])
-            totals.append(_dora_grads(dy, scaled.outs[j], scale, scaled.dzs[j]))
-        db.copy_(found.mul_(scaling))
+        db.copy_(found.mul_(scaling) if scale is None else found.mul_(scaling * scale[start:end, None]))
         start = end
-    return du, torch.cat(totals) if scaled else None
+    return du
 
 
 def das_of(x: Tensor, du: Tensor, layout: Layout, like: Tensor, dropout: float, seeds: Tensor | None) -> list[Tensor]:
@@ -298,9 +273,10 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
     )
 
 
-def _dora_grads(dy: Tensor, out: Tensor, scale: Tensor, dz: Tensor) -> Tensor:
-    """Writes dz = scale * dy and returns the sum over rows of dy * out in fp32."""
+def dora_grads(dy: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(dz = scale * dy, the sum over rows of dy * out in fp32)."""
     rows, cols = dy.shape
+    dz = torch.empty((rows, cols), dtype=dy.dtype, device=dy.device)
     blocks = cdiv(cols, 256)
     each = cdiv(cdiv(rows, max(1, 4 * sm_count(dy.device) // blocks)), 16) * 16
     parts = dy.new_empty((cdiv(rows, each), cols), dtype=torch.float32)
@@ -311,4 +287,4 @@ def _dora_grads(dy: Tensor, out: Tensor, scale: Tensor, dz: Tensor) -> Tensor:
         *(dy, out, scale, dz, parts, dy.stride(0), out.stride(0), rows, cols, each),
         **{"BLOCK_M": 16, "BLOCK_N": 256},
     )
-    return parts.sum(0)
+    return dz, parts.sum(0)

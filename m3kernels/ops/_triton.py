@@ -3,6 +3,7 @@
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
 
     HAS_TRITON = True
     # read once: Triton decides at decoration time whether a kernel is interpreted
@@ -18,7 +19,7 @@ except ImportError:
         def __call__(self, *args, **kwargs):
             return _Absent()
 
-    triton, tl = _Absent(), _Absent()
+    triton, tl, knobs = _Absent(), _Absent(), _Absent()
     HAS_TRITON = INTERPRET = False
 
-__all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRET", "knobs", "tl", "triton"]

@@ -24,15 +24,20 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Keys of one tile, warps, load stages, and programs wanted on each SM."""
+    """Keys of one tile, warps, load stages, and programs wanted on each SM.
+
+    Of 7 x 6, H100: 61.6 us for 32,768 keys at batch 1 (best 60.5), 105 for 16 x 4,096 (103), 369 for 64 x 4,096 (367).
+    """
 
     keys: int = 64
     warps: int = 4
-    stages: int = 3
-    programs_per_sm: int = 3
+    stages: int = 4
+    programs_per_sm: int = 1
 
 
 CONFIG = DecodeConfig()
+# at head_dim 256 four stages would not fit
+WIDE_STAGES = 2
 
 
 @triton.jit(do_not_specialize=["seq_k", "window"])
@@ -279,7 +284,7 @@ def _launch(
         RANGES=ranges is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=CONFIG.warps,
-        num_stages=CONFIG.stages,
+        num_stages=CONFIG.stages if block_dim <= 128 else WIDE_STAGES,
     )
     meta = {"NEW": new, "DIM": dim, "BLOCK_DIM": block_dim, "BLOCK_SPLIT": next_power_of_2(splits)}
     grid = (new, heads, batch)

@@ -2,10 +2,9 @@
 
     y = k * (x W^T + s x A^T B^T) + bias        k = m / norm        norm_n = |W_n + s B_n A|, without a gradient, as in PEFT
 
-W + s B A is never formed. One pass over W gives its rows' squares, W A^T and A A^T together, so that nothing is kept that a
-load, a merge or an edit of W could leave stale (:mod:`m3kernels.ops._dora_scale`):
-
-    norm_n^2 = |W_n|^2 + 2 s (W A^T)_n B_n^T + s^2 B_n (A A^T) B_n^T
+W + s B A never reaches memory: one pass over W forms it a tile at a time in registers and adds up its squares, so that nothing
+is kept that a load, a merge or an edit of W could leave stale (:mod:`m3kernels.ops._dora_scale`). |W|^2 cached beside two skinny
+products would read W as well, and cancel where B A points against W.
 
 k is applied where the product is written; forward and backward are those of :mod:`m3kernels.ops.lora_linear`.
 """
@@ -37,9 +36,8 @@ def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, bac
 
 def _norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     layout = skinny.Layout.of(weight, A, 1)
-    a, _ = skinny.as_parts(weight, [A], [], [], layout)
-    norms, _ = scales_of([weight], [A], a, [B], [B[:, 0]], [scaling], layout)
-    return norms.clone()
+    a, low = skinny.as_parts(weight, [A], [B], [scaling], layout)
+    return scales_of([weight], a, low, [B[:, 0]], layout)[0]
 
 
 torch.library.custom_op("m3kernels::dora_norm", _norm, mutates_args=()).register_fake(

@@ -22,7 +22,7 @@ from torch import Tensor
 from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import fused_op, use_triton
 from m3kernels.ops._dora_scale import scales_of
-from m3kernels.ops._lora_launch import MOST, Layout, Scaled
+from m3kernels.ops._lora_launch import MOST, Layout
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _forward(
     a, low = skinny.as_parts(x, many_a, many_b, scalings, layout)
     t = skinny.shrink(x, a, layout, dropout, seeds)
     lows = [rows[:, : layout.width] for rows in _split(low, weights)]
-    kept = list(scales_of(weights, many_a, a, many_b, magnitudes, scalings, layout)) if magnitudes else []
+    kept = list(scales_of(weights, a, low, magnitudes, layout)) if magnitudes else []
     scales = _split(kept[1], weights) if kept else [None] * len(weights)
     if kept and x.dtype == torch.float16:
         # dm is taken from y / k, for which fp16 has too few exponents: what is scaled is kept
@@ -142,16 +142,16 @@ def _backward(
     layout = Layout.of(x, like, len(weights))
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
     dbs = [like.new_empty((w.shape[0], layout.rank)) for w in weights]
-    scaled = None
     if scales is not None:
         # the scale goes with B: dy is not rounded once more on its way to the adapters
         _, low = skinny.as_parts(x, [], many_b, scalings, layout, scales)
-        scaled = Scaled(outs, scales, [torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) for dy in dys])
-    du, totals = skinny.du_and_dbs(dys, low, t, layout, dbs, scalings, scaled)
+    du = skinny.du_and_dbs(dys, low, t, layout, dbs, scalings, scales)
     dms = [x.new_empty(0) for _ in weights]
-    if scaled:
-        dys = scaled.dzs
-        dms = [dm.clone() for dm in _split(totals / (norms if x.dtype == torch.float16 else norms * scales), weights)]
+    if scales is not None:
+        pairs = [skinny.dora_grads(dy, out, k) for dy, out, k in zip(dys, outs, _split(scales, weights))]
+        dys = [dz for dz, _ in pairs]
+        divisors = _split(norms if x.dtype == torch.float16 else norms * scales, weights)
+        dms = [total / by for (_, total), by in zip(pairs, divisors)]
     if need_adapters:
         das = skinny.das_of(x, du, layout, like, dropout, seeds)
     else:
