@@ -36,7 +36,7 @@ class DecodeConfig:
 
 
 CONFIG = DecodeConfig()
-# at head_dim 256 four stages would not fit
+# at head_dim 256, or 128 in fp32, four stages would not fit
 WIDE_STAGES = 2
 
 
@@ -284,7 +284,7 @@ def _launch(
         RANGES=ranges is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=CONFIG.warps,
-        num_stages=CONFIG.stages if block_dim <= 128 else WIDE_STAGES,
+        num_stages=CONFIG.stages if block_dim * q.element_size() <= 256 else WIDE_STAGES,
     )
     meta = {"NEW": new, "DIM": dim, "BLOCK_DIM": block_dim, "BLOCK_SPLIT": next_power_of_2(splits)}
     grid = (new, heads, batch)
