@@ -84,9 +84,9 @@ def _forward(
     scalings: list[float],
     dropout: float,
 ) -> list[Tensor]:
-    """[y of each projection, t of all, A's parts, s B's parts], with DoRA [..., norms, scales], in fp16 [..., z of each].
+    """[y of each projection, t of all], with DoRA [..., norms, scales], in fp16 [..., z of each].
 
-    What follows y is for the backward.
+    What follows y is for the backward. The parts of A and B are made anew there: kept, they were 0.2 GiB of the 3B's LoRA.
     """
     weights, many_a, many_b, magnitudes = (
         _given(*group) for group in ((w1, w2, w3), (a1, a2, a3), (b1, b2, b3), (m1, m2, m3))
@@ -100,16 +100,16 @@ def _forward(
     if kept and x.dtype == torch.float16:
         # dm is taken from y / k, for which fp16 has too few exponents: what is scaled is kept
         zs = [_product(x, w, p, rows, False) for w, p, rows in zip(weights, layout.parts(t), lows)]
-        return [*((z * k).to(z.dtype) for z, k in zip(zs, scales)), t, a, low, *kept, *zs]
+        return [*((z * k).to(z.dtype) for z, k in zip(zs, scales)), t, *kept, *zs]
     ys = [_product(x, w, p, rows, False, k) for w, p, rows, k in zip(weights, layout.parts(t), lows, scales)]
-    return [*ys, t, a, low, *kept]
+    return [*ys, t, *kept]
 
 
 def _forward_fake(x, w1, a1, b1, w2, a2, b2, w3, a3, b3, m1, m2, m3, seeds, scalings, dropout):
     weights, layout = _given(w1, w2, w3), Layout.of(x, a1, len(_given(w1, w2, w3)))
     rows, total, columns = x.shape[0], sum(w.shape[0] for w in weights), layout.count * layout.padded
     ys = [x.new_empty((rows, w.shape[0])) for w in weights]
-    found = [*ys, x.new_empty((rows, columns)), x.new_empty((columns, x.shape[1])), x.new_empty((total, layout.padded))]
+    found = [*ys, x.new_empty((rows, columns))]
     if m1 is None:
         return found
     zs = [torch.empty_like(y) for y in ys] if x.dtype == torch.float16 else []
@@ -120,15 +120,13 @@ def _backward(
     dys: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
-    t: Tensor,
-    a: Tensor,
-    low: Tensor,
+    many_a: list[Tensor],
     many_b: list[Tensor],
+    t: Tensor,
     outs: list[Tensor],
     norms: Tensor | None,
     scales: Tensor | None,
     seeds: Tensor | None,
-    like: Tensor,
     scalings: list[float],
     dropout: float,
     need_x: bool,
@@ -137,14 +135,14 @@ def _backward(
 ) -> list[Tensor]:
     """[dx, then for each projection dW, dA, dB, dm]; what is not needed is empty.
 
-    ``like``: an A. ``many_b``, ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
+    ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
     """
+    like = many_a[0]
     layout = Layout.of(x, like, len(weights))
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
     dbs = [like.new_empty((w.shape[0], layout.rank)) for w in weights]
-    if scales is not None:
-        # the scale goes with B: dy is not rounded once more on its way to the adapters
-        _, low = skinny.as_parts(x, [], many_b, scalings, layout, scales)
+    # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
+    a, low = skinny.as_parts(x, many_a, many_b, scalings, layout, scales)
     du = skinny.du_and_dbs(dys, low, t, layout, dbs, scalings, scales)
     dms = [x.new_empty(0) for _ in weights]
     if scales is not None:
@@ -176,9 +174,9 @@ def _input_gradient(dys, weights, du, a, layout: Layout, seeds, dropout: float) 
 
 
 def _backward_fake(
-    dys, x, weights, t, a, low, many_b, outs, norms, scales, seeds, like, scalings, dropout, need_x, need_ws, need_adapters
+    dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, scalings, dropout, need_x, need_ws, need_adapters
 ):  # fmt: skip
-    rank, nothing = like.shape[0], lambda: x.new_empty(0)
+    like, rank, nothing = many_a[0], many_a[0].shape[0], lambda: x.new_empty(0)
     found = [torch.empty_like(x) if need_x else nothing()]
     for w in weights:
         da = like.new_empty((rank, x.shape[1])) if need_adapters else nothing()
@@ -194,26 +192,22 @@ def _setup_context(ctx, inputs, output):
     ctx.count = count = len(weights)
     ctx.mark_non_differentiable(*output[count:])
     ctx.with_seeds = seeds is not None
-    t, a, low, *kept = output[count:]
-    if kept:  # DoRA: k s B is made anew in the backward
-        kept = [*kept[:2], *_given(*triples[2::3]), *(kept[2:] or output[:count])]
-    else:
-        kept = [low]
-    ctx.save_for_backward(x, triples[1], t, a, *weights, *kept, *_given(seeds))
+    t, *kept = output[count:]
+    if kept:
+        kept = [*kept[:2], *(kept[2:] or output[:count])]
+    adapters = _given(*triples[1::3]), _given(*triples[2::3])
+    ctx.save_for_backward(x, t, *weights, *adapters[0], *adapters[1], *kept, *_given(seeds))
 
 
 def _gradients(ctx, run_backward, *grads):
     count, needs = ctx.count, ctx.needs_input_grad
-    x, like, t, a, *rest = ctx.saved_tensors
+    x, t, *rest = ctx.saved_tensors
     seeds = rest.pop() if ctx.with_seeds else None
-    weights, kept = rest[:count], rest[count:]
-    low, norms, scales, many_b, outs = x, None, None, [], []
-    if ctx.magnitudes:
-        norms, scales, many_b, outs = kept[0], kept[1], kept[2 : 2 + count], kept[2 + count :]
-    else:
-        (low,) = kept
+    weights, many_a, many_b = (rest[i * count : (i + 1) * count] for i in range(3))
+    kept = rest[3 * count :]
+    norms, scales, outs = (kept[0], kept[1], kept[2:]) if kept else (None, None, [])
     dx, *found = run_backward(
-        *(list(grads[:count]), x, weights, t, a, low, many_b, outs, norms, scales, seeds, like, ctx.scalings),
+        *(list(grads[:count]), x, weights, many_a, many_b, t, outs, norms, scales, seeds, ctx.scalings),
         *(ctx.dropout, needs[0], any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])),
     )
     fours = [found[4 * j : 4 * j + 4] for j in range(count)]

@@ -9,6 +9,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """What one worker's allocator keeps, the others cannot have."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def whole_gpu():
     """One such test at a time over all of pytest-xdist's workers: each fills much of the GPU. Leaves nothing behind."""

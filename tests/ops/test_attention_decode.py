@@ -91,7 +91,7 @@ def test_it_continues_a_prefill():
 
 
 def test_splits_fill_the_gpu_and_never_starve():
-    assert splits_for(1, 8, 16384, 132) == 32 and splits_for(1, 8, 262144, 132) == 32
+    assert splits_for(1, 8, 16384, 132) == 16 and splits_for(1, 8, 262144, 132) == 16
     assert splits_for(64, 8, 262144, 132) == 1 and splits_for(1, 8, 100, 132) == 1
     assert splits_for(1, 1, 10**6, 132) == 64
 

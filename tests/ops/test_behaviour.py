@@ -347,6 +347,8 @@ def test_launch_failure_names_op_and_shapes(monkeypatch):
     module = importlib.import_module("m3kernels.ops.swiglu")
 
     class Broken:
+        fn = None
+
         def __getitem__(self, grid):
             raise RuntimeError("out of resource: shared memory")
 
