@@ -1,12 +1,11 @@
-"""docs/benchmarks.md with its plots, and the tables of README and docs/attention.md, from the newest result files.
+"""docs/benchmarks.md with its plots, and the tables of README, docs/attention.md and docs/adapters.md, from result files.
 
     python -m m3kernels.bench.report [--check] [--file FILE.jsonl] [--musts]
 
 Each section takes the newest file under bench/results that holds rows of its kind (or ``--file`` for all). README.md is
-rewritten between ``<!-- bench -->`` and ``<!-- /bench -->``, docs/attention.md between ``<!-- attention -->`` and
-``<!-- /attention -->`` (always from the newest file of ``attention_grid``), docs/benchmarks.md as a whole, and so is every
-picture under docs/bench. ``--check`` writes nothing and exits 1 when any of them is not what the files give; a picture
-carries a digest of its file, so it needs no matplotlib.
+rewritten between ``<!-- bench -->`` and ``<!-- /bench -->``, docs/attention.md and docs/adapters.md likewise (always from the
+newest file of their grid), docs/benchmarks.md as a whole, and so is every picture under docs/bench. ``--check`` writes nothing
+and exits 1 when any of them is not what the files give; a picture carries a digest of its file, so it needs no matplotlib.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from m3kernels.bench import attention_grid, report_draw, report_e2e, report_plots, report_tables, results, targets
+from m3kernels.bench import adapter_grid, attention_grid, report_draw, report_e2e, report_plots, report_tables, results, targets
 from m3kernels.bench.report_targets import targets_table
 from m3kernels.bench.rows import Source, sources
 
@@ -23,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = Path("bench-report")
 # not bench:ops, as it was: training and decoding stand between them too
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-ATTENTION = "<!-- attention -->", "<!-- /attention -->"
+# pages whose tables come from a grid's own file, and how the grid shows it
+GRIDS = {"attention": attention_grid.show, "adapters": adapter_grid.show}
 COMMAND = "m3kernels bench report"
 SECTIONS = {"ops": "Ops", "host": "Host overhead", "train": "Training", "decode": "Decoding"}
 
@@ -97,19 +97,19 @@ def decode_section(source: Source) -> tuple[list[str], list[str]]:
 SECTION = {"ops": ops_section, "host": host_section, "train": train_section, "decode": decode_section}
 
 
-def newest_attention() -> Path | None:
-    """The file of ``attention_grid`` with the latest date in its header."""
-    found = results.RESULTS.glob("*/*-attention.json")
+def newest_grid(name: str) -> Path | None:
+    """The grid's file with the latest date in its header."""
+    found = results.RESULTS.glob(f"*/*-{name}.json")
     return max(found, key=lambda path: (json.loads(path.read_text())["machine"]["date"], path), default=None)
 
 
-def attention_section(path: Path) -> str:
-    """The tables of docs/attention.md."""
+def grid_section(name: str, path: Path) -> str:
+    """The tables of docs/<name>.md."""
     found = json.loads(path.read_text())
-    source = Source("attention", path, found["machine"], [], [])
+    source = Source(name, path, found["machine"], [], [])
     link = f"[`{source.name}`](../bench/results/{source.name})"
     said = report_tables.machine(source).replace(f"`{source.name}`", link)
-    return f"Measured on {said}.\n\n{attention_grid.show(found)}"
+    return f"Measured on {said}.\n\n{GRIDS[name](found)}"
 
 
 def insert(path: Path, text: str, begin: str = BEGIN, end: str = END) -> str:
@@ -134,14 +134,17 @@ def texts(found: dict[str, Source]) -> dict[Path, str]:
     """What each generated text file must hold.
 
     Raises:
-        OSError, ValueError: README.md or docs/attention.md cannot be read or has no markers.
+        OSError, ValueError: README.md or a grid's page cannot be read or has no markers.
     """
     found_texts = {place() / "docs" / "benchmarks.md": page(found)}
     if place() == ROOT:
-        readme, attention, measured = ROOT / "README.md", ROOT / "docs" / "attention.md", newest_attention()
+        readme = ROOT / "README.md"
         found_texts = {readme: insert(readme, readme_section(found))} | found_texts
-        if measured is not None:
-            found_texts[attention] = insert(attention, attention_section(measured), *ATTENTION)
+        for name in GRIDS:
+            page_of, measured = ROOT / "docs" / f"{name}.md", newest_grid(name)
+            if measured is not None:
+                markers = f"<!-- {name} -->", f"<!-- /{name} -->"
+                found_texts[page_of] = insert(page_of, grid_section(name, measured), *markers)
     return found_texts
 
 

@@ -14,7 +14,8 @@ from bench_rows import host_row, write_file
 from m3kernels.bench import attention_grid, report, results
 from m3kernels.ops import _attention_backends as backends
 
-NEWEST = report.newest_attention()
+NEWEST = report.newest_grid("attention")
+MARKERS = "<!-- attention -->", "<!-- /attention -->"
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def store(found: dict, name: str, date: str) -> None:
 
 def test_check_holds_docs_attention_to_the_newest_file(tree, stored, capsys):
     pytest.importorskip("matplotlib")
-    page, by_hand = tree / "docs" / "attention.md", "before\n{}\nof old\n{}\nafter\n".format(*report.ATTENTION)
+    page, by_hand = tree / "docs" / "attention.md", "before\n{}\nof old\n{}\nafter\n".format(*MARKERS)
     page.write_text(by_hand)
     assert report.main([]) == 0 and report.main(["--check"]) == 0
     assert page.read_text() == by_hand  # no file of attention: as it was
@@ -95,7 +96,7 @@ def test_check_holds_docs_attention_to_the_newest_file(tree, stored, capsys):
     assert report.main([]) == 0 and "a-attention.json" in page.read_text()
     page.write_text("no markers")
     capsys.readouterr()
-    assert report.main(["--check"]) == 2 and report.ATTENTION[0] in capsys.readouterr().err
+    assert report.main(["--check"]) == 2 and MARKERS[0] in capsys.readouterr().err
 
 
 class Clock(float):

@@ -50,7 +50,8 @@ def in_folder(monkeypatch, folder: Path) -> Path:
     """A tree with an empty README and docs/attention.md for the report to write into."""
     monkeypatch.setattr(report, "ROOT", folder)
     (folder / "docs").mkdir()
-    (folder / "docs" / "attention.md").write_text("\n".join(report.ATTENTION))
+    for name in report.GRIDS:
+        (folder / "docs" / f"{name}.md").write_text(f"<!-- {name} -->\n<!-- /{name} -->")
     readme = folder / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     return readme

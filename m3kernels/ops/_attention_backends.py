@@ -269,11 +269,11 @@ def table() -> list[dict]:
 
 @functools.lru_cache(maxsize=4096)
 def ranking(direction: str, capability: str, mask: str, head_dim: int, seq: int) -> tuple[str, ...]:
-    """Backends, fastest first, as measured at the nearest shape: the same mask, the nearest head_dim and length."""
-    rows = [r for r in table() if r["capability"] == capability and r["mask"] == mask]
+    """Backends, fastest first, as measured for the same mask and head_dim at the nearest length."""
+    rows = [r for r in table() if (r["capability"], r["mask"], r["head_dim"]) == (capability, mask, head_dim)]
     if not rows:
         return UNMEASURED
-    nearest = min(rows, key=lambda r: (abs(r["head_dim"] - head_dim), abs(_log2(r["seq"]) - _log2(seq))))
+    nearest = min(rows, key=lambda r: abs(_log2(r["seq"]) - _log2(seq)))
     return (*nearest[direction], *(b for b in UNMEASURED if b not in nearest[direction]))
 
 
