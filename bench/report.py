@@ -13,7 +13,16 @@ import json
 import sys
 from pathlib import Path
 
-from m3kernels.bench import adapter_grid, attention_grid, report_draw, report_e2e, report_plots, report_tables, results, targets
+from m3kernels.bench import (
+    adapter_grid,
+    attention_grid,
+    report_draw,
+    report_e2e,
+    report_plots,
+    report_tables,
+    results,
+    targets,
+)
 from m3kernels.bench.report_targets import targets_table
 from m3kernels.bench.rows import Source, sources
 

@@ -104,6 +104,14 @@ def test_a_constexpr_that_is_not_given_goes_the_long_way(direct):
     assert len(kernel.slow) == 2 and not kernel.fast
 
 
+def test_a_constexpr_among_the_arguments_goes_the_long_way(direct):
+    """Its value is no part of the key."""
+    kernel, x = Kernel(), torch.zeros(64)
+    for block in (64, 128):
+        _common.launch("op", kernel, (3,), x, 32, block, MASKED=True)
+    assert len(kernel.slow) == 2 and not kernel.fast
+
+
 def test_failures_name_op_and_shapes(direct):
     kernel = Kernel()
     kernel.params = None

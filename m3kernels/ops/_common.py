@@ -122,9 +122,9 @@ def _run(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **meta)
-        rest = kernel.params[len(args) :]
-        # given as said above, and compiled by now (Triton can do that in the background)
-        if all(p.is_constexpr and p.name in meta for p in rest) and hasattr(compiled, "packed_metadata"):
+        given, rest = kernel.params[: len(args)], kernel.params[len(args) :]
+        as_said = not any(p.is_constexpr for p in given) and all(p.is_constexpr and p.name in meta for p in rest)
+        if as_said and hasattr(compiled, "packed_metadata"):  # compiled by now: Triton can do that in the background
             _compiled[key] = compiled, tuple(meta[p.name] for p in rest)
         return
     compiled, constexprs = found
