@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ NUMBERS = [
     2**63,
     2**63 + 8,
 ]
-VALUES = [*NUMBERS, 0.0, 1.0, 2.5, True, False, None]
+VALUES = [*NUMBERS, 0.0, 1.0, 2.5, np.float64(2.5), True, False, None]
 
 
 def pointers() -> list[torch.Tensor]:

@@ -168,3 +168,27 @@ def test_twenty_steps_move_as_pefts(dora, device, calls):
     for name, p in plain.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(trained[name], p, rtol=0, atol=2e-3)
+
+
+def test_an_adapter_on_the_head_survives_a_second_patch(device):
+    """Its layer is fused, but not as a head that computes the loss."""
+    plain, ours = pair_with(lora(target_modules=["lm_head", "q_proj"]), "text", "after", device)
+    disturb(plain), disturb(ours)
+    assert patch(ours).patched["linear_cross_entropy"] == 0
+    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+
+
+@pytest.mark.parametrize("part", ["lora_dropout", "lora_magnitude_vector"])
+def test_hooks_on_any_part_run(part, device, calls):
+    model = wrap(build(device=device), lora(target_modules=["q_proj"], use_dora=part != "lora_dropout"))
+    patch(model)
+    seen = []
+    getattr(first(model), part)["default"].register_forward_hook(lambda *_: seen.append(part))
+    step(model, text_batch(model))
+    assert seen and len(calls) == 1  # the other layer's
+
+
+def test_dropout_of_everything_is_pefts(device, calls):
+    model = wrap(build(device=device), lora(target_modules=["q_proj"], lora_dropout=1.0))
+    patch(model)
+    assert torch.isfinite(step(model, text_batch(model))) and calls == []

@@ -142,7 +142,9 @@ def _kind(a) -> object:
         return a == 1, a & 15 == 0, -(2**31) <= a < 2**31, a < 2**63
     if isinstance(a, Tensor):
         return a.dtype, a.data_ptr() & 15 == 0
-    if kind is float or kind is bool or a is None:
+    if isinstance(a, float):  # numpy's double, too
+        return float
+    if kind is bool or a is None:
         return kind
     # a tensor descriptor: the rest of it is read at the launch
     return a.base.dtype, tuple(a.block_shape), id(a.layout)

@@ -66,7 +66,8 @@ def dora_scale_kernel(
                 b_low = tl.load(p_low + 2 * rank + r, mask=m_low, other=0.0)
                 merged = add_product(merged, b_low, b_a, PRECISION)
         squares += merged * merged
-    norm = tl.sqrt(tl.sum(squares, axis=1))
+    # rounded as PEFT's, whose magnitude began as this norm: a fresh DoRA layer is the frozen one
+    norm = tl.sqrt(tl.sum(squares, axis=1)).to(p_m1.dtype.element_ty).to(tl.float32)
     magnitude = tl.load(_pointer_of(which, p_m1, p_m2, p_m3) + o_n, mask=m_n, other=0.0).to(tl.float32)
     scale = tl.div_rn(magnitude, norm)
     tl.store(p_norm + before + o_n, norm, mask=m_n)
@@ -76,7 +77,10 @@ def dora_scale_kernel(
 def scales_of(
     weights: list[Tensor], a: Tensor, low: Tensor, magnitudes: list[Tensor], layout: skinny.Layout
 ) -> tuple[Tensor, Tensor]:
-    """(norms, scales) of all rows (N of all,) in fp32; ``a`` and ``low`` as :func:`as_parts` gives them."""
+    """(norms, rounded to the magnitudes' dtype, and scales) of all rows (N of all,) in fp32.
+
+    ``a`` and ``low``: as :func:`as_parts` gives them.
+    """
     norms = torch.empty(sum(w.shape[0] for w in weights), dtype=torch.float32, device=a.device)
     scales = torch.empty_like(norms)
     weights, magnitudes = ([t.contiguous() for t in group] for group in (weights, magnitudes))

@@ -157,7 +157,7 @@ def cannot(a: Tensor, weight: Tensor, t: Tensor, low: Tensor, across: bool) -> s
         return "written for compute capability 9.0"
     if a.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != a.dtype:
         return f"takes bf16 and fp16, not {a.dtype} with {weight.dtype}"
-    if any(x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16 for x in (a, weight, t, low)):
+    if any(x.stride(1) != 1 or x.stride(0) % 8 or not x.stride(0) or x.data_ptr() % 16 for x in (a, weight, t, low)):
         return "the copy engine reads rows that begin at 16-byte marks"
     n = weight.shape[1 if across else 0]
     if n % 8 or cdiv(a.shape[0], BLOCK_M.value) * cdiv(n, BLOCK_N.value) < sm_count(a.device):

@@ -7,9 +7,9 @@
     sum     adds their partial results (fp32) in a fixed order
     expand  dx = drop'(du A)                                    (M, R) -> (M, K)
 
-fp32 adapters beside 16-bit activations stand as two 16-bit numbers, hi + lo (SPLIT), which is exact to 2^-16: a product of two
-such matrices is hi hi + lo hi + hi lo. One side is laid out [hi | lo | hi], the other [hi | hi | lo], so that one product of
-three times the rank gives the sum.
+fp32 adapters beside 16-bit activations stand as two 16-bit numbers, hi + lo (SPLIT), which is exact to 2^-16 (in fp16 as far
+as its smallest number, 6e-8, goes): a product of two such matrices is hi hi + lo hi + hi lo. One side is laid out
+[hi | lo | hi], the other [hi | hi | lo], so that one product of three times the rank gives the sum.
 
 Dropout's mask is made anew wherever it is needed, from a counter: (seed; row, column).
 """
@@ -23,12 +23,12 @@ ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def _keep(b_x, p_seed, o_row, o_col, dropout):
-    """``b_x`` / (1 - dropout) where the counter's number is at least ``dropout``, else 0."""
+    """``b_x`` where the counter's number is at least ``dropout``, else 0; sums of it are to be scaled by 1 / (1 - dropout)."""
     zero = tl.zeros(b_x.shape, tl.uint32)
     row, col = zero + o_row[:, None].to(tl.uint32), zero + o_col[None, :].to(tl.uint32)
     bits, _, _, _ = tl.philox(tl.load(p_seed), col, row, zero, zero, ROUNDS)
     kept = tl.uint_to_uniform_float(bits) >= dropout
-    return tl.where(kept, b_x / (1.0 - dropout), 0.0)
+    return tl.where(kept, b_x, tl.zeros(b_x.shape, b_x.dtype))
 
 
 @triton.jit
@@ -147,12 +147,14 @@ def lora_shrink_kernel(
         m_k = k + o_k < width
         b_x = tl.load(p_x + k, mask=m_m[:, None] & m_k[None, :], other=0.0)
         if DROPS:
-            b_x = _keep(b_x.to(tl.float32), p_seed + group, o_m, k + o_k, dropout).to(b_x.dtype)
+            b_x = _keep(b_x, p_seed + group, o_m, k + o_k, dropout)
         b_a = tl.load(p_a + k, mask=m_k[:, None] & m_r[None, :], other=0.0)
         b_t = add_product(b_t, b_x, b_a, PRECISION)
         if SPLIT:
             b_lo = tl.load(p_a + 2 * each * a_stride + k, mask=m_k[:, None] & m_r[None, :], other=0.0)
             b_t = add_product(b_t, b_x, b_lo, PRECISION)
+    if DROPS:
+        b_t /= 1.0 - dropout
     p_t += o_m.to(tl.int64)[:, None] * t_stride + place[None, :]
     _store_parts(p_t, b_t, each, m_m[:, None] & m_r[None, :], "lo", SPLIT)
 
@@ -215,7 +217,7 @@ def lora_grads_kernel(
         p_row = p_t + o_m.to(tl.int64)[:, None] * t_stride + o_r[None, :]
         b_t = tl.load(p_row, mask=m_m[:, None] & m_r[None, :], other=0.0)
         if DROPS:
-            b_y = _keep(b_y.to(tl.float32), p_seed, o_m, o_n, dropout).to(b_y.dtype)
+            b_y = _keep(b_y, p_seed, o_m, o_n, dropout)
         b_db = add_product(b_db, tl.trans(b_y), b_t, PRECISION)
         if SPLIT:
             b_t = tl.load(p_row + part, mask=m_m[:, None] & m_r[None, :], other=0.0)
@@ -331,7 +333,7 @@ def lora_expand_kernel(
         b_du = tl.load(p_left, mask=m_m[:, None] & m_r[None, :], other=0.0)
         b_a = tl.load(p_right, mask=m_r[:, None] & m_k[None, :], other=0.0)
         b_dx = add_product(b_dx, b_du, b_a, PRECISION)
-    b_dx = _keep(b_dx, p_seed, o_m, o_k, dropout)
+    b_dx = _keep(b_dx / (1.0 - dropout), p_seed, o_m, o_k, dropout)
     p_dx += o_m.to(tl.int64)[:, None] * dx_stride + o_k[None, :]
     mask = m_m[:, None] & m_k[None, :]
     if ADDS:

@@ -1,6 +1,7 @@
 """Launchers of the low-rank products, and the choice between our kernels and cuBLAS for each."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ GRADS = {
 }
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
+# where a program has less shared memory than an H100's 227 KB
+SMALL = SkinnyConfig(32, 64, 4, 2)
+SHARED_MEMORY = 232_448
 MOST_AT_ONCE = 64
 
 
@@ -95,6 +99,14 @@ def sizes(tensors: list[Tensor]) -> list[int]:
     return [t.shape[-1] for t in tensors] + [0] * (MOST - len(tensors))
 
 
+@cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a program may have as much shared memory as the tiles above were chosen for."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_MEMORY
+
+
 def product32(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -146,6 +158,8 @@ def shrink(x: Tensor, a: Tensor, layout: Layout, dropout: float, seeds: Tensor |
     if columns > MAX_RANK:  # three of large rank
         groups, columns = count, rank
     config = config_for(SHRINK, columns_of(columns))
+    if columns_of(columns) <= 128 and not _has_room(x.device):
+        config = SMALL
     launch(
         "lora_linear (shrink)",
         lora_shrink_kernel,
@@ -175,6 +189,8 @@ def _one_pass(
         columns = columns_of(here)
         fast = not dropout and precision(ys[0]) == "tf32"
         config = GRADS.get((columns, split), WIDE) if fast else WIDE
+        if config is not WIDE and not _has_room(ys[0].device):
+            config = SMALL
         blocks = sum(cdiv(n, config.cols) for n in ns)
         per_sm = 2 if config.cols < 512 else 1
         shares = min(cdiv(rows, config.rows), max(1, cdiv(per_sm * sm_count(ys[0].device), blocks)))
@@ -251,7 +267,7 @@ def das_of(x: Tensor, du: Tensor, layout: Layout, like: Tensor, dropout: float, 
         das = [like.new_empty((rank, x.shape[1])) for _ in range(count)]
         one = Layout(rank, layout.split, 1)
         for j, (da, part) in enumerate(zip(das, layout.parts(du))):
-            _one_pass([x.contiguous()], x, part, one, None, [da.T], [1.0], None, dropout, seeds[j:])
+            _one_pass([x.contiguous()], x, part, one, None, [da.T], [1 / (1 - dropout)], None, dropout, seeds[j:])
         return das
     # one product for all: x is read once
     if layout.split:

@@ -77,19 +77,22 @@ def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
     if variants and len(names) > 1:
         return "DoRA beside another active adapter"
     drops = [_dropout(layer, name) for name in names]
-    if None in drops or (any(drops) and (variants or len(names) > 1)):
-        return "dropout with DoRA or with several active adapters, or of another kind"
+    if None in drops or (any(drops) and (variants or len(names) > 1)) or max(drops, default=0.0) >= 1:
+        return "dropout with DoRA or with several active adapters, of everything, or of another kind"
     parts = [module for name in names for module in (layer.lora_A[name], layer.lora_B[name])]
     if any(type(part) is not nn.Linear or part.bias is not None for part in parts[::2]):
         return "lora_A is no plain linear layer"
     if any(type(part) is not nn.Linear for part in parts) or (variants and parts[1].bias is not None):
         return "lora_B is no plain linear layer, or has a bias under DoRA"
-    if has_hooks(base) or any(map(has_hooks, parts)):
+    others = [layer.lora_dropout[name] for name in names]
+    others += [layer.lora_magnitude_vector[name] for name in names if name in layer.lora_variant]
+    if any(map(has_hooks, (base, *parts, *others))):
         return "hooks on the base layer or the adapter"
     weights = [part.weight for part in parts]
+    magnitudes = [layer.lora_magnitude_vector[name].weight for name in names if name in layer.lora_variant]
     if sum(w.shape[0] for w in weights[::2]) > MAX_RANK:
         return f"a rank over {MAX_RANK}"
-    if not all(is_plain(w) for w in (base.weight, *weights)):
+    if not all(is_plain(w) for w in (base.weight, *weights, *magnitudes)):
         return "weights that are sharded or quantised"
     if len({w.dtype for w in weights}) > 1:
         return "adapter weights of several dtypes"
@@ -100,7 +103,9 @@ def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
     if base.weight.dtype != x.dtype or any(w.dtype not in (x.dtype, torch.float32) for w in weights):
         return f"{x.dtype} input, {base.weight.dtype} base, {weights[0].dtype} adapter"
     return (
-        "" if all(w.device == x.device for w in (base.weight, *weights)) else "weights on another device than the input"
+        ""
+        if all(w.device == x.device for w in (base.weight, *weights, *magnitudes))
+        else "weights on another device than the input"
     )
 
 

@@ -17,7 +17,6 @@ from m3kernels.patching.classes import (
     fuse,
     fused_forward,
     has_hooks,
-    is_fused,
     is_plain,
     note_fallback,
     original_forward,
@@ -55,12 +54,17 @@ def _head_inside(head: nn.Module) -> nn.Module:
     return copies[active[0]]
 
 
+def _computes_loss(head: nn.Module) -> bool:
+    """Whether the head has the forward above; one with an adapter may have that of ``lora_linear``."""
+    return getattr(type(head), "_m3k_forward", "") == "lm_head"
+
+
 def why_not_fused(model: nn.Module) -> str:
     """Why this call's loss takes the full logits; empty when it does not have to."""
     head = _head_inside(model.lm_head)
     if model.loss_function is not ForCausalLMLoss:
         return "a loss_function of its own is set"
-    if not is_fused(head):
+    if not _computes_loss(head):
         return f"lm_head is {type(model.lm_head).__module__}.{type(model.lm_head).__name__}"
     if head.bias is not None:
         return "lm_head has a bias"
@@ -132,7 +136,7 @@ def _why_not_these(self: nn.Module, inputs: dict) -> str:
 def fuse_head(model: nn.Module) -> str:
     """Give the model's ``lm_head`` the fused forward; returns why not, or an empty string."""
     head = _head_inside(model.lm_head)
-    if is_fused(head):
+    if _computes_loss(head):
         return ""
     if type(head) is not nn.Linear:
         return f"lm_head is {type(head).__module__}.{type(head).__name__}, not torch.nn.Linear"

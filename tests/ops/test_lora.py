@@ -186,6 +186,16 @@ def test_the_norm_follows_every_edit_of_the_weight():
         assert relative_error(ops.dora_norm(layer.weight, a, b, 0.7), truth) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_fresh_dora_layer_is_the_frozen_one(dtype):
+    """PEFT begins with B = 0 and the norms as magnitudes, in the adapters' dtype: the scale is exactly 1."""
+    x, (layer,) = layers_of(48, (40,), 5, dtype, dtype)
+    b = torch.zeros_like(layer.B)
+    magnitude = ops.dora_norm(layer.weight, layer.A, b, 0.7).to(dtype)
+    plain = lora_linear(x, layer.weight, layer.A, b, 0.7)
+    assert torch.equal(ops.dora_linear(x, layer.weight, layer.A, b, magnitude, 0.7), plain)
+
+
 def test_a_magnitude_of_zero_still_trains():
     x, (layer,) = layers_of(48, (40,), 5, torch.float32, torch.float32)
     magnitude = torch.rand(40, device=DEVICE)
