@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -118,23 +117,21 @@ def in_fp64(cell: Cell, x: Tensor, layers: list[Adapted], magnitudes: list[Tenso
     return found
 
 
-def medians(runs: dict[str, Callable], seed: int = 0) -> dict[str, float]:
-    """Median milliseconds of each, in random turns, the L2 written over before each."""
+def medians(runs: dict[str, Callable]) -> dict[str, float]:
+    """Median milliseconds of each, in turns, the L2 written over before each."""
     flush = torch.empty(measure.FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for run in runs.values():
         run(), run()
     events: dict[str, list] = {name: [] for name in runs}
-    order = random.Random(seed)
-    for _ in range(ROUNDS):
-        for name in order.sample([*runs], len(runs)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            # long enough that what the host does for the next call is hidden
-            torch.cuda._sleep(800_000)
-            start.record()
-            runs[name]()
-            end.record()
-            events[name].append((start, end))
+    for name in measure.turns(runs, ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        # long enough that what the host does for the next call is hidden
+        torch.cuda._sleep(800_000)
+        start.record()
+        runs[name]()
+        end.record()
+        events[name].append((start, end))
     torch.cuda.synchronize()
     return {name: statistics.median(s.elapsed_time(e) for s, e in pairs) for name, pairs in events.items()}
 
@@ -168,7 +165,7 @@ def run(path: Path | None) -> Path:
     gpu = measure.Gpu(torch.device("cuda", torch.cuda.current_device()))
     with torch.cuda.stream(gpu.stream):
         head = results.header(gpu.device, gpu.ceilings(), False, ["adapters"])
-    path = path or results.default_path(head).with_suffix(".json")
+    path = path or results.default_path(head, ".json")
     found = {"machine": head, "rows": []}
     for cell in tqdm(cells(), desc="adapters"):
         found["rows"].append(run_cell(cell))

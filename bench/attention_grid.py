@@ -12,7 +12,6 @@ flash-attn-4; decoding; and packed documents and images beside SDPA with the den
 import dataclasses
 import functools
 import json
-import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -121,22 +120,17 @@ def _timed(run: Callable) -> tuple[torch.cuda.Event, torch.cuda.Event]:
 
 
 def medians(runs: dict[str, Callable], seconds: float = 0.15) -> dict[str, float]:
-    """Median milliseconds of each, in turns, one behind the other so that the host's work is hidden.
-
-    Every round has an order of its own: on a GPU at its power limit, what follows a slower kernel looks faster.
-    """
+    """Median milliseconds of each, in turns, one behind the other so that the host's work is hidden."""
     for run in runs.values():
         run()
     warm = [_timed(run) for run in runs.values()]
     torch.cuda.synchronize()
     slowest = max(start.elapsed_time(end) for start, end in warm)
-    order = random.Random(0)
-    rounds = [
-        {name: _timed(runs[name]) for name in order.sample(list(runs), len(runs))}
-        for _ in range(max(12, min(20, int(1e3 * seconds / slowest))))
+    events = [
+        (name, _timed(runs[name])) for name in measure.turns(runs, max(12, min(20, int(1e3 * seconds / slowest))))
     ]
     torch.cuda.synchronize()
-    return {name: statistics.median(s.elapsed_time(e) for s, e in (r[name] for r in rounds)) for name in runs}
+    return {n: statistics.median(s.elapsed_time(e) for name, (s, e) in events if name == n) for n in runs}
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
@@ -254,7 +248,7 @@ def run(path: Path | None) -> Path:
     gpu = measure.Gpu(torch.device("cuda", torch.cuda.current_device()))
     with torch.cuda.stream(gpu.stream):
         head = results.header(gpu.device, gpu.ceilings(), False, ["attention"])
-        path = path or results.default_path(head).with_suffix(".json")
+        path = path or results.default_path(head, ".json")
         found = {"machine": head, "rows": [], "decode": decoding(gpu), "dense": [], "table": []}
     backends.table = lambda: found["table"]
     for cell in tqdm(cells(), desc="attention"):

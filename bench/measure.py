@@ -4,9 +4,10 @@ Everything runs on one side stream, so that autograd's backward can be captured 
 """
 
 import gc
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,13 @@ class Budget:
         return max(least, min(most, int(1e3 * self.seconds / (self.rounds * max(call_ms, 1e-3)))))
 
 
+def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Every name once a round, in another order each: near its power limit a GPU favours what follows a lighter kernel."""
+    order, names = random.Random(0), list(names)
+    for _ in range(rounds):
+        yield from order.sample(names, len(names))
+
+
 class Gpu:
     """One GPU's stream, flush buffer and clocks."""
 
@@ -79,7 +87,7 @@ class Gpu:
         return start.elapsed_time(end), 1e6 * host
 
     def time_python(self, trials: dict[str, Trial], budget: Budget) -> dict[str, tuple[Stats, float] | str]:
-        """Per peer (times, median host us), round-robin over the peers; a peer that raises gives the reason instead."""
+        """Per peer (times, median host us), the peers taking turns; a peer that raises gives the reason instead."""
         samples: dict[str, list] = {name: [] for name in trials}
         failed: dict[str, str] = {}
         for name, trial in trials.items():
@@ -90,9 +98,8 @@ class Gpu:
                 failed[name] = reason(error)
         calls = {name: s.pop() for name, s in samples.items() if s}
         with _no_gc():
-            for _ in range(budget.rounds):
-                for name, n in calls.items():
-                    samples[name] += [self.python_sample(trials[name]) for _ in range(n)]
+            for name in turns(calls, budget.rounds):
+                samples[name] += [self.python_sample(trials[name]) for _ in range(calls[name])]
         timed = {
             n: (Stats.of([ms for ms, _ in samples[n]]), statistics.median(us for _, us in samples[n])) for n in calls
         }
@@ -131,7 +138,7 @@ class Gpu:
         return [start.elapsed_time(end)]
 
     def time_graphs(self, trials: dict[str, Trial], budget: Budget) -> dict[str, Stats | str]:
-        """Device time per peer, replayed round-robin; a peer that cannot be captured gives the reason instead."""
+        """Device time per peer, replayed in turns; a peer that cannot be captured gives the reason instead."""
         graphs, out, samples = {}, {}, {}
         for name, trial in trials.items():
             try:
@@ -145,10 +152,10 @@ class Gpu:
                 graphs.pop(name, None)
                 out[name] = reason(error)
         with _no_gc():
-            for _ in range(budget.rounds):
-                for name, (replays, found) in samples.items():
-                    for _ in range(replays):
-                        found += self.graph_samples(*graphs[name], trials[name])
+            for name in turns(samples, budget.rounds):
+                replays, found = samples[name]
+                for _ in range(replays):
+                    found += self.graph_samples(*graphs[name], trials[name])
         return out | {name: Stats.of(found) for name, (_, found) in samples.items()}
 
     def peak_bytes(self, trial: Trial) -> int:

@@ -82,7 +82,7 @@ def in_tree() -> bool:
     return (RESULTS.parents[1] / "pyproject.toml").is_file()
 
 
-def default_path(head: dict) -> Path:
+def default_path(head: dict, ending: str = ".jsonl") -> Path:
     """Where a run's file goes by default: the store, ``./bench-results`` where the package is installed without its tree.
 
     A file of one suite has its name, and a second run of a day and commit gets a number: no run overwrites another's.
@@ -92,7 +92,7 @@ def default_path(head: dict) -> Path:
     suffix = "" if set(suites) == set(SUITES) else "-" + "-".join(suites)
     folder = (RESULTS if in_tree() else ELSEWHERE) / slug
     name = f"{head['date'][:10]}-{head['commit']}{suffix}"
-    taken = (folder / f"{name}{'' if n == 1 else f'.{n}'}.jsonl" for n in itertools.count(1))
+    taken = (folder / f"{name}{'' if n == 1 else f'.{n}'}{ending}" for n in itertools.count(1))
     return next(path for path in taken if not path.exists())
 
 

@@ -13,7 +13,7 @@ SUITES = {
 }
 # argument parsing is theirs: both also run as python -m m3kernels.bench.<name>
 OTHERS = {
-    "report": "docs/benchmarks.md, its plots and the tables of README and docs/attention.md, from the result files",
+    "report": "docs/benchmarks.md, its plots and the tables of README, docs/attention.md and docs/adapters.md",
     "compare": "BASE NEW: fail on a slowdown, a memory growth or an error growth",
 }
 

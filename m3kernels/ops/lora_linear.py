@@ -279,7 +279,7 @@ def lora_linears(
 
     Returns:
         y of each layer, (..., N). Differentiable once in x, weights, A, B and magnitudes (not through DoRA's norm, as in PEFT);
-        what needs no gradient costs none.
+        an x or weights that need no gradient cost none.
 
     Raises:
         ValueError: shapes, dtypes or ranks that do not fit; a rank over 512; a dropout outside [0, 1).
