@@ -35,33 +35,36 @@ def step(model, batch):
     return model(**batch).loss
 
 
+def assert_taken(ours, plain, batch, calls, expected):
+    """One forward takes as many layers a call as expected, and a step is PEFT's."""
+    step(ours, batch)
+    assert calls == expected
+    assert_same(observe(ours, batch), observe(plain, batch), 1e-4)
+
+
+# q, k, v; o; gate, up; down
+LAYER = [3, 1, 2, 1]
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_projections_of_one_input_go_together(order, dora, device, calls):
     plain, ours = pair_with(lora(use_dora=dora), "text", order, device)
     disturb(plain), disturb(ours)
-    step(ours, text_batch(ours))
-    # q, k, v; o; gate, up; down: of two layers
-    assert calls == [3, 1, 2, 1] * 2
-    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+    assert_taken(ours, plain, text_batch(ours), calls, LAYER * 2)
 
 
 def test_vision_tower(device, calls):
     plain, ours = pair_with(lora(), "vlm", "after", device)
     disturb(plain), disturb(ours)
-    batch = batch_for(plain)
-    step(ours, batch)
-    assert calls == [3, 1, 2, 1] * 4
-    assert_same(observe(ours, batch), observe(plain, batch), 1e-4)
+    assert_taken(ours, plain, batch_for(plain), calls, LAYER * 4)
 
 
 def test_ranks_and_targets_that_differ_go_apart(device, calls):
     config = lora(target_modules=["q_proj", "v_proj", "gate_proj", "up_proj"], rank_pattern={"v_proj": 7, "up_proj": 9})
     plain, ours = pair_with(config, "text", "after", device)
     disturb(plain), disturb(ours)
-    step(ours, text_batch(ours))
-    assert calls == [1, 1, 1, 1] * 2
-    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+    assert_taken(ours, plain, text_batch(ours), calls, [1, 1, 1, 1] * 2)
 
 
 def test_several_active_adapters_are_one(device, calls):
@@ -71,9 +74,7 @@ def test_several_active_adapters_are_one(device, calls):
         model.add_adapter("second", lora(r=6, lora_alpha=3))
         model.base_model.set_adapter(["default", "second"])
     disturb(plain), disturb(ours)
-    step(ours, text_batch(ours))
-    assert calls == [3, 1, 2, 1] * 2
-    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+    assert_taken(ours, plain, text_batch(ours), calls, LAYER * 2)
 
 
 def test_switched_off_and_merged_layers_are_the_base_layer(device, calls):
@@ -132,9 +133,7 @@ def test_the_op_alone_and_its_way_back(device, calls):
     plain = wrap(build(device=device), lora())
     ours = copy.deepcopy(plain)
     patch(ours, ops="lora_linear")
-    step(ours, text_batch(ours))
-    assert calls == [1] * 14  # one by one: attention and MLP are the model's own
-    assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
+    assert_taken(ours, plain, text_batch(ours), calls, [1] * 14)  # one by one: attention and MLP are the model's own
     unpatch(ours)
     calls.clear()
     step(ours, text_batch(ours))
