@@ -43,6 +43,7 @@ launchers = importlib.import_module("m3kernels.ops._attention_triton")
 decode = importlib.import_module("m3kernels.ops.attention_decode")
 adapters = importlib.import_module("m3kernels.ops._lora_launch")
 dora = importlib.import_module("m3kernels.ops._dora_scale")
+fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -125,6 +126,18 @@ def test_swiglu(kernel, dtype):
     report = compile_sm90(kernel, swiglu.CONFIG.warps, {"BLOCK": swiglu.CONFIG.block}, types)
     check(kernel, report, 0)
     assert "ld.global.v4" in report["ptx"]  # 16 bytes a thread
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("per_block", [False, True])
+def test_fp8_dequantize(per_block, dtype):
+    kernel = fp8.fp8_dequantize_kernel
+    types = {n: "i32" for n in kernel.arg_names} | {"p_weight": "*fp8e4nv", "p_scale": "*fp32", "p_out": f"*{dtype}"}
+    constexprs = {"BLOCK_N": fp8.CONFIG.edge, "BLOCK_K": fp8.CONFIG.edge, "PER_BLOCK": per_block}
+    report = compile_sm90(kernel, fp8.CONFIG.warps, constexprs, types)
+    check(kernel, report, 0)
+    # 16 bytes a thread, and the hardware's conversion of two numbers at a time
+    assert "ld.global.v4" in report["ptx"] and "cvt.rn.f16x2.e4m3x2" in report["ptx"]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -4,6 +4,8 @@ from m3kernels.ops._common import KernelLaunchError
 from m3kernels.ops.attention import attention, attention_reference
 from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference
 from m3kernels.ops.dora_linear import dora_linear, dora_linear_reference, dora_norm, dora_norm_reference
+from m3kernels.ops.fp8_dequantize import fp8_dequantize, fp8_dequantize_reference
+from m3kernels.ops.fp8_linear import fp8_linear, fp8_linear_reference
 from m3kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from m3kernels.ops.lora_linear import Adapted, lora_linear, lora_linear_reference, lora_linears
 from m3kernels.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -31,6 +33,10 @@ __all__ = [
     "dora_linear_reference",
     "dora_norm",
     "dora_norm_reference",
+    "fp8_dequantize",
+    "fp8_dequantize_reference",
+    "fp8_linear",
+    "fp8_linear_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "llama4_scale",

@@ -13,7 +13,7 @@ their precision (:mod:`m3kernels.ops._lora_kernels`). Dropout's mask is made ane
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +23,24 @@ from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import fused_op, use_triton
 from m3kernels.ops._dora_scale import scales_of
 from m3kernels.ops._lora_launch import MOST, Layout
+from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
+from m3kernels.ops.fp8_linear import dense
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """One linear layer and its adapter: weight (N, K), A (R, K), B (N, R), scaling, and DoRA's magnitude (N,) or None."""
+    """One linear layer and its adapter: weight (N, K), A (R, K), B (N, R), scaling, and DoRA's magnitude (N,) or None.
+
+    A weight in FP8 comes with its ``weight_scale`` and ``block_size``, as :func:`m3kernels.ops.fp8_dequantize` takes them.
+    """
 
     weight: Tensor
     A: Tensor
     B: Tensor
     scaling: float = 1.0
     magnitude: Tensor | None = None
+    weight_scale: Tensor | None = None
+    block_size: tuple[int, int] | None = None
 
 
 def _hopper():
@@ -66,6 +73,13 @@ def _split(t: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return list(t.split([w.shape[0] for w in weights]))
 
 
+def _dense(weights: list[Tensor], fp8_scales: list[Tensor], blocks: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """The weights with those in FP8 dequantised; ``blocks``: rows and columns of each one's blocks, 0 where it is not FP8."""
+    scales = iter(fp8_scales)
+    sizes = zip(weights, blocks[::2], blocks[1::2])
+    return [dense(w, next(scales), rows, columns, dtype) if rows else w for w, rows, columns in sizes]
+
+
 def _forward(
     x: Tensor,
     w1: Tensor,
@@ -80,11 +94,15 @@ def _forward(
     m1: Tensor | None,
     m2: Tensor | None,
     m3: Tensor | None,
+    f1: Tensor | None,
+    f2: Tensor | None,
+    f3: Tensor | None,
     seeds: Tensor | None,
     scalings: list[float],
     dropout: float,
+    blocks: list[int],
 ) -> list[Tensor]:
-    """[y of each projection, t of all], with DoRA [..., norms, scales], in fp16 [..., z of each].
+    """f: scales of FP8 weights. [y of each projection, t of all], with DoRA [..., norms, scales], in fp16 [..., z of each].
 
     What follows y is for the backward. The parts of A and B are made anew there: kept, they were 0.2 GiB of the 3B's LoRA.
     """
@@ -92,6 +110,7 @@ def _forward(
         _given(*group) for group in ((w1, w2, w3), (a1, a2, a3), (b1, b2, b3), (m1, m2, m3))
     )
     layout = Layout.of(x, a1, len(weights))
+    weights = _dense(weights, _given(f1, f2, f3), blocks, x.dtype)
     a, low = skinny.as_parts(x, many_a, many_b, scalings, layout)
     t = skinny.shrink(x, a, layout, dropout, seeds)
     lows = [rows[:, : layout.width] for rows in _split(low, weights)]
@@ -105,7 +124,7 @@ def _forward(
     return [*ys, t, *kept]
 
 
-def _forward_fake(x, w1, a1, b1, w2, a2, b2, w3, a3, b3, m1, m2, m3, seeds, scalings, dropout):
+def _forward_fake(x, w1, a1, b1, w2, a2, b2, w3, a3, b3, m1, m2, m3, f1, f2, f3, seeds, scalings, dropout, blocks):
     weights, layout = _given(w1, w2, w3), Layout.of(x, a1, len(_given(w1, w2, w3)))
     rows, total, columns = x.shape[0], sum(w.shape[0] for w in weights), layout.count * layout.padded
     ys = [x.new_empty((rows, w.shape[0])) for w in weights]
@@ -129,6 +148,8 @@ def _backward(
     seeds: Tensor | None,
     scalings: list[float],
     dropout: float,
+    fp8_scales: list[Tensor],
+    blocks: list[int],
     need_x: bool,
     need_weights: bool,
     need_adapters: bool,
@@ -155,7 +176,10 @@ def _backward(
     else:
         das = [x.new_empty(0) for _ in weights]
     dws = [dy.T @ x if need_weights else x.new_empty(0) for dy in dys]
-    dx = _input_gradient(dys, weights, du, a, layout, seeds, dropout) if need_x else x.new_empty(0)
+    if need_x:
+        dx = _input_gradient(dys, _dense(weights, fp8_scales, blocks, x.dtype), du, a, layout, seeds, dropout)
+    else:
+        dx = x.new_empty(0)
     return [dx, *(g for four in zip(dws, das, dbs, dms) for g in four)]
 
 
@@ -174,41 +198,44 @@ def _input_gradient(dys, weights, du, a, layout: Layout, seeds, dropout: float) 
 
 
 def _backward_fake(
-    dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, scalings, dropout, need_x, need_ws, need_adapters
+    dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, scalings, dropout, fp8_scales, blocks, need_x, need_ws,
+    need_adapters,
 ):  # fmt: skip
     like, rank, nothing = many_a[0], many_a[0].shape[0], lambda: x.new_empty(0)
     found = [torch.empty_like(x) if need_x else nothing()]
     for w in weights:
         da = like.new_empty((rank, x.shape[1])) if need_adapters else nothing()
         dm = nothing() if scales is None else x.new_empty(w.shape[0], dtype=torch.float32)
-        found += [w.new_empty(w.shape) if need_ws else nothing(), da, like.new_empty((w.shape[0], rank)), dm]
+        found += [x.new_empty(w.shape) if need_ws else nothing(), da, like.new_empty((w.shape[0], rank)), dm]
     return found
 
 
 def _setup_context(ctx, inputs, output):
     x, *triples = inputs[:10]
     weights, ctx.magnitudes = _given(*triples[::3]), [m.dtype for m in _given(*inputs[10:13])]
-    seeds, ctx.scalings, ctx.dropout = inputs[13:]
+    seeds, ctx.scalings, ctx.dropout, ctx.blocks = inputs[16:]
+    fp8_scales = _given(*inputs[13:16])
     ctx.count = count = len(weights)
     ctx.mark_non_differentiable(*output[count:])
-    ctx.with_seeds = seeds is not None
+    ctx.with_seeds, ctx.fp8 = seeds is not None, len(fp8_scales)
     t, *kept = output[count:]
     if kept:
         kept = [*kept[:2], *(kept[2:] or output[:count])]
     adapters = _given(*triples[1::3]), _given(*triples[2::3])
-    ctx.save_for_backward(x, t, *weights, *adapters[0], *adapters[1], *kept, *_given(seeds))
+    ctx.save_for_backward(x, t, *weights, *adapters[0], *adapters[1], *kept, *fp8_scales, *_given(seeds))
 
 
 def _gradients(ctx, run_backward, *grads):
     count, needs = ctx.count, ctx.needs_input_grad
     x, t, *rest = ctx.saved_tensors
     seeds = rest.pop() if ctx.with_seeds else None
+    rest, fp8_scales = rest[: len(rest) - ctx.fp8], rest[len(rest) - ctx.fp8 :]
     weights, many_a, many_b = (rest[i * count : (i + 1) * count] for i in range(3))
     kept = rest[3 * count :]
     norms, scales, outs = (kept[0], kept[1], kept[2:]) if kept else (None, None, [])
     dx, *found = run_backward(
         *(list(grads[:count]), x, weights, many_a, many_b, t, outs, norms, scales, seeds, ctx.scalings),
-        *(ctx.dropout, needs[0], any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])),
+        *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])),
     )
     fours = [found[4 * j : 4 * j + 4] for j in range(count)]
     dms = [four[3].to(dtype) for four, dtype in zip(fours, ctx.magnitudes)]
@@ -219,7 +246,7 @@ def _gradients(ctx, run_backward, *grads):
         *dms,
         *[None] * (MOST - len(dms)),
     ]
-    return *(g if needed else None for g, needed in zip(flat, needs)), None, None, None
+    return *(g if needed else None for g, needed in zip(flat, needs)), *[None] * 7
 
 
 _lora = fused_op(
@@ -261,6 +288,9 @@ def dora_linear_reference(
 
 
 def _reference(x: Tensor, p: Adapted, dropout_p: float) -> Tensor:
+    if p.weight_scale is not None:
+        weight = fp8_dequantize_reference(p.weight.detach(), p.weight_scale.detach(), p.block_size, x.dtype)
+        p = replace(p, weight=weight, weight_scale=None)
     if p.magnitude is None:
         return lora_linear_reference(x, p.weight, p.A, p.B, p.scaling, dropout_p=dropout_p)
     return dora_linear_reference(x, p.weight, p.A, p.B, p.magnitude, p.scaling)
@@ -273,7 +303,8 @@ def lora_linears(
 
     Args:
         x: (..., K) in fp32, bf16 or fp16.
-        layers: 1 to 3, of one rank; each with weight (N, K) of x's dtype and A, B of x's dtype or fp32.
+        layers: 1 to 3, of one rank; each with weight (N, K) of x's dtype and A, B of x's dtype or fp32. A weight in FP8 is
+            frozen, dequantised for each product and not kept in x's dtype.
         dropout_p: of x before every A, each layer with a mask of its own; drawn from the device's generator. Not with DoRA.
         backend: "auto", "triton" or "reference".
 
@@ -287,16 +318,21 @@ def lora_linears(
     """
     layers = list(layers)
     _check(x, layers, dropout_p)
-    tensors = [t for layer in layers for t in (layer.weight, layer.A, layer.B)]
+    fp8_scales = [None if p.weight_scale is None else fp32_scale(p.weight_scale) for p in layers]
+    tensors = [t for p, scale in zip(layers, fp8_scales) for t in (p.A, p.B, p.weight if scale is None else scale)]
     if not use_triton("lora_linear", backend, x, *tensors, inductor_fuses=True) or x.numel() == 0:
         return [_reference(x, p, dropout_p) for p in layers]
     seeds = torch.randint(2**62, (len(layers),), device=x.device) if dropout_p else None
     missing = MOST - len(layers)
-    flat = [t for layer in layers for t in (layer.weight, layer.A, layer.B)] + [None] * (3 * missing)
+    weights = [p.weight if p.weight_scale is None else p.weight.detach() for p in layers]
+    flat = [t for w, p in zip(weights, layers) for t in (w, p.A, p.B)] + [None] * (3 * missing)
+    blocks = [n for p in layers for n in _block(p)]
     magnitudes = [p.magnitude for p in layers] + [None] * missing
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    outputs = _lora(rows, *flat, *magnitudes, seeds, [float(p.scaling) for p in layers], float(dropout_p))
+    scalings = [float(p.scaling) for p in layers]
+    fp8_scales += [None] * missing
+    outputs = _lora(rows, *flat, *magnitudes, *fp8_scales, seeds, scalings, float(dropout_p), blocks)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]
 
 
@@ -316,6 +352,12 @@ def lora_linear(
     return y if bias is None else y + bias
 
 
+def _block(layer: Adapted) -> tuple[int, int]:
+    if layer.weight_scale is None:
+        return 0, 0
+    return layer.block_size or (WHOLE, WHOLE)
+
+
 def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
     if not 1 <= len(layers) <= MOST:
         raise ValueError(f"lora_linear: takes 1 to {MOST} layers of one input, got {len(layers)}")
@@ -333,10 +375,12 @@ def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
             raise ValueError(f"lora_linear: a rank from 1 to {skinny.MAX_RANK}, {shapes}")
         if a.shape[0] != first.shape[0] or a.dtype != first.dtype or b.dtype != first.dtype:
             raise ValueError(f"lora_linear: layers of one input need adapters of one rank and dtype, {shapes}")
-        if w.dtype != x.dtype or a.dtype not in (x.dtype, torch.float32):
+        if layer.weight_scale is not None:
+            check_fp8("lora_linear", w, layer.weight_scale, layer.block_size)
+        if (layer.weight_scale is None and w.dtype != x.dtype) or a.dtype not in (x.dtype, torch.float32):
             raise ValueError(
-                f"lora_linear: weight must have x's dtype, and A and B that or fp32, got x {x.dtype}, weight {w.dtype}, "
-                f"A {a.dtype}"
+                f"lora_linear: weight must have x's dtype (or be FP8 with a weight_scale), and A and B x's dtype or fp32, "
+                f"got x {x.dtype}, weight {w.dtype}, A {a.dtype}"
             )
         if (layer.magnitude is None) != (layers[0].magnitude is None):
             raise ValueError("lora_linear: either all layers of one input have a DoRA magnitude, or none")

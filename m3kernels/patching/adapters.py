@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
 from m3kernels.ops._lora_launch import MAX_RANK
+from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.ops.lora_linear import MOST, Adapted, lora_linears
+from m3kernels.patching import fp8
 from m3kernels.patching.classes import (
     fused_forward,
     has_hooks,
@@ -67,7 +69,7 @@ def _dropout(layer: nn.Module, name: str) -> float | None:
 def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
     """Why a layer's adapters run PEFT's forward, or an empty string; ``x``: the input of a call."""
     names, base = _active(layer), layer.base_layer
-    if type(base) is not nn.Linear:
+    if type(base) is not nn.Linear and not fp8.is_fp8_linear(base):
         return f"the base layer is {type(base).__module__}.{type(base).__name__}"
     if getattr(layer, "fan_in_fan_out", False):
         return "fan_in_fan_out"
@@ -92,6 +94,8 @@ def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
     magnitudes = [layer.lora_magnitude_vector[name].weight for name in names if name in layer.lora_variant]
     if sum(w.shape[0] for w in weights[::2]) > MAX_RANK:
         return f"a rank over {MAX_RANK}"
+    if fp8.is_fp8_linear(base) and (reason := fp8.why_not(base)):
+        return f"the FP8 base layer: {reason}"
     if not all(is_plain(w) for w in (base.weight, *weights, *magnitudes)):
         return "weights that are sharded or quantised"
     if len({w.dtype for w in weights}) > 1:
@@ -100,7 +104,7 @@ def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
         return ""
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
-    if base.weight.dtype != x.dtype or any(w.dtype not in (x.dtype, torch.float32) for w in weights):
+    if base.weight.dtype not in (x.dtype, FP8) or any(w.dtype not in (x.dtype, torch.float32) for w in weights):
         return f"{x.dtype} input, {base.weight.dtype} base, {weights[0].dtype} adapter"
     return (
         ""
@@ -129,7 +133,8 @@ def _plan(layer: nn.Module, x: Tensor) -> Planned | None:
     for part, s in zip(many_b, scalings):
         if part.bias is not None:
             bias = s * part.bias if bias is None else bias + s * part.bias
-    return Planned(Adapted(base.weight, a, b, scaling, magnitude), bias, _dropout(layer, names[0]))
+    quantised = (base.weight_scale_inv, fp8.block_size(base)) if fp8.is_fp8_linear(base) else ()
+    return Planned(Adapted(base.weight, a, b, scaling, magnitude, *quantised), bias, _dropout(layer, names[0]))
 
 
 def _compute(x: Tensor, plans: list[Planned]) -> list[Tensor]:

@@ -167,7 +167,8 @@ def patch(
         model: ``Ministral3ForCausalLM``, ``Mistral3ForConditionalGeneration``, one of their inner models or heads, or
             any of these inside PEFT, DDP or ``torch.compile`` wrappers.
         ops: "all", or any of "rms_norm", "add_rms_norm", "rotary", "rotary_2d", "attention", "swiglu",
-            "lora_linear" (PEFT's LoRA and DoRA layers, those too that are made after patching), "linear_cross_entropy".
+            "fp8_linear" (transformers' FP8 layers, as its dequantised ones compute), "lora_linear" (PEFT's LoRA and DoRA
+            layers, those too that are made after patching), "linear_cross_entropy".
         attention: "auto" sets the configs' attention implementation to ours, which takes the fastest backend that is
             right for a call; "keep" keeps the model's own.
         strict: raise when a class differs from what its rule was written for, instead of leaving it unfused.

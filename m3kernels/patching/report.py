@@ -9,6 +9,7 @@ from m3kernels.patching.classes import (
     check_unfusable,
     is_fused,
     is_switched,
+    logger,
     switch_attention_back,
     take_together,
     takes_together,
@@ -37,12 +38,23 @@ def restore(model: nn.Module, earlier: frozenset[tuple[str, int]] = frozenset())
     fused = [module for module in model.modules() if is_fused(module) and ("fused", id(module)) not in earlier]
     for module in fused:
         check_unfusable(module)
+    if any(is_dora_over_fp8(module, fused) for module in model.modules()):
+        logger.warning(
+            "m3kernels: DoRA over FP8 weights is right only while patched: PEFT by itself takes its norms without the scales"
+        )
     for module in fused:
         unfuse(module)
     switch_attention_back(switched)
     for module in model.modules():
         if takes_together(module) and ("adapters", id(module)) not in earlier:
             take_together(module, False)
+
+
+def is_dora_over_fp8(module: nn.Module, fused: list[nn.Module]) -> bool:
+    """Whether a PEFT layer has DoRA and an FP8 base layer that is among ``fused``."""
+    if not len(getattr(module, "lora_magnitude_vector", ())):
+        return False
+    return getattr(type(module.base_layer), "_m3k_forward", "") == "fp8_linear" and module.base_layer in fused
 
 
 @dataclass

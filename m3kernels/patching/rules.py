@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from m3kernels.patching import adapters, loss, vision
+from m3kernels.patching import adapters, fp8, loss, vision
 from m3kernels.patching.classes import FORWARDS
 from m3kernels.patching.text import is_silu
 
@@ -107,6 +107,14 @@ RULES = (
     ),
     Rule("swiglu", TEXT, "Ministral3MLP", "swiglu", **MLP),
     Rule("swiglu", VISION, "PixtralMLP", "swiglu", **MLP),
+    Rule(
+        "fp8_linear",
+        *fp8.LAYER,
+        "fp8_linear",
+        ("weight", "weight_scale_inv", "block_size", "bias"),
+        ("input",),
+        fp8.why_not,
+    ),
     Rule(
         "lora_linear",
         *adapters.LAYER,

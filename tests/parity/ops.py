@@ -6,7 +6,7 @@ from torch import Tensor
 
 from m3kernels import ops
 from m3kernels.parity.case import OpCase, measure, randn
-from m3kernels.parity.products import ATTENTION, DORA, LORA, WINDOW
+from m3kernels.parity.products import ATTENTION, DORA, FP8, FP8_BLOCKS, LORA, WINDOW
 
 __all__ = ["CASES", "measure"]
 
@@ -329,6 +329,8 @@ LOSS_PER_ROW = OpCase(
 CASES = (
     LORA,
     DORA,
+    FP8,
+    FP8_BLOCKS,
     RMS_NORM,
     ADD_RMS_NORM,
     ROTARY,

@@ -126,3 +126,78 @@ DORA = OpCase(
         ),
     },
 )
+
+
+def _make_fp8(blocks):
+    def make(shape, dtype, generator):
+        rows, width, out = shape
+        weight = randn(out, width, dtype=torch.float32, generator=generator)
+        sizes = (-(-out // 128), -(-width // 128)) if blocks else ()
+        # no power of two: rounding it would show
+        scale = torch.rand(sizes, generator=generator, device=generator.device) * 0.01 + 0.003
+        x = randn(rows, width, dtype=dtype, generator=generator)
+        return {"x": x, "weight": (weight * 8).to(torch.float8_e4m3fn), "scale": scale}
+
+    return make
+
+
+def _fp8(change=lambda scale: scale, block_size=None):
+    """The op with its scale changed on the way."""
+
+    def run(x, weight, scale):
+        dense = ops.fp8_dequantize(weight, change(scale), block_size=block_size, dtype=x.dtype)
+        return dense, ops.fp8_linear(x, weight, change(scale), block_size=block_size)
+
+    return run
+
+
+def _fp8_eager(block_size=None):
+    def run(x, weight, scale):
+        dense = ops.fp8_dequantize_reference(weight, scale, block_size, x.dtype)
+        return dense, x @ dense.T
+
+    return run
+
+
+FP8_SHAPES = {
+    "small": ((20, 300, 200), (7, 256, 128), (5, 130, 257)),
+    "real": ((2048, 3072, 4096), (1111, 9216, 3072), (777, 4096, 1000)),
+}
+
+FP8 = OpCase(
+    name="fp8_linear",
+    make=_make_fp8(blocks=False),
+    wrt=("x",),
+    outputs=("weight", "y"),
+    ours=_fp8(),
+    eager=_fp8_eager(),
+    **FP8_SHAPES,
+    wrong={
+        "scale forgotten": _fp8(torch.ones_like),
+        "scale rounded to bf16 first": _fp8(lambda scale: scale.bfloat16().float()),
+        "divided by the scale": _fp8(torch.reciprocal),
+        "scale missing in the backward": lambda x, weight, scale: (
+            _fp8()(x, weight, scale)[0],
+            ops.fp8_linear(x.detach(), weight, scale)
+            + (y := ops.fp8_linear(x, weight, torch.ones_like(scale)))
+            - y.detach(),
+        ),
+    },
+)
+
+BLOCK = (128, 128)
+FP8_BLOCKS = OpCase(
+    name="fp8_linear (128 x 128 blocks)",
+    make=_make_fp8(blocks=True),
+    wrt=("x",),
+    outputs=("weight", "y"),
+    ours=_fp8(block_size=BLOCK),
+    eager=_fp8_eager(BLOCK),
+    **FP8_SHAPES,
+    wrong={
+        "scale forgotten": _fp8(torch.ones_like, BLOCK),
+        "scale rounded to bf16 first": _fp8(lambda scale: scale.bfloat16().float(), BLOCK),
+        "scales of the transposed blocks": _fp8(lambda scale: scale.T.reshape(scale.shape), BLOCK),
+        "one scale for all": _fp8(lambda scale: scale.mean().expand_as(scale), BLOCK),
+    },
+)
