@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.ops._common import cdiv, launch, next_power_of_2
+from m3kernels.ops._cross_entropy_adapter import LowRank
 from m3kernels.ops._cross_entropy_kernels import (
     add_label_terms_kernel,
     cross_entropy_kernel,
@@ -39,6 +40,10 @@ class Options:
     needs_dweight: bool
     accumulate: str  # "auto", "weight" or "float32"
     chunk_bytes: int
+    needs_dadapter: bool = False
+
+
+Adapter = tuple[Tensor, Tensor, float]  # A (R, width), B (vocab, R), scaling
 
 
 def plan_chunks(rows: int, vocab: int, dtype: torch.dtype, options: Options) -> tuple[int, bool]:
@@ -114,8 +119,8 @@ def _add_label_terms(dweight: Tensor, hidden: Tensor, labels: Tensor, deferred: 
 
 
 def run_chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, adapter: Adapter | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses and gradients of ``sum(scale * losses)``, a chunk of rows at a time.
 
     Args:
@@ -123,8 +128,9 @@ def run_chunks(
             scale: (rows,) or one value, fp32. All on one device.
 
     Returns:
-        losses (rows,), hits (rows,), dhidden (rows, width), dweight (vocab, width); what is not wanted is empty. For
-        fp16 dweight is fp32: it is rounded when the incoming gradient (a loss scale, usually) is known.
+        losses (rows,), hits (rows,), dhidden (rows, width), dweight (vocab, width), dA (R, width), dB (vocab, R); what is
+        not wanted is empty. dA, dB and, for fp16, dweight are fp32: they are rounded when the incoming gradient (a loss
+        scale, usually) is known.
     """
     (rows, width), vocab = hidden.shape, weight.shape[0]
     step, in_fp32 = plan_chunks(rows, vocab, hidden.dtype, options)
@@ -138,14 +144,22 @@ def run_chunks(
         weight.shape if options.needs_dweight else (0,), dtype=torch.float32 if in_fp32 else weight.dtype
     )
     if rows == 0:
-        return losses, correct, dhidden, dweight.zero_()
+        nothing = [
+            hidden.new_zeros(t.shape if options.needs_dadapter else 0, dtype=torch.float32) for t in pair_of(adapter)
+        ]
+        return losses, correct, dhidden, dweight.zero_(), *nothing
+    low = None if adapter is None else LowRank(hidden, *adapter, options.needs_dadapter)
     buffer = hidden.new_empty((step, vocab))
     config = row_config(vocab, options.wants_correct or options.smoothing != 0.0)
     with _fp32_reductions():
         for start in range(0, rows, step):
             here = slice(start, min(start + step, rows))
             h, logits = hidden[here], buffer[: min(step, rows - start)]
-            torch.mm(h, weight.t(), out=logits)
+            if low is None:
+                torch.mm(h, weight.t(), out=logits)
+            else:
+                low.write_logits(here, logits)
+                logits.addmm_(h, weight.t())
             label_terms = (deferred[here], rest[here]) if defers else (deferred, rest)
             launch(
                 "linear_cross_entropy",
@@ -164,15 +178,20 @@ def run_chunks(
                 options.smoothing,
                 options.z_loss,
                 BLOCK=config.block,
-                WRITES_GRADIENT=options.needs_dhidden or options.needs_dweight,
+                WRITES_GRADIENT=options.needs_dhidden or options.needs_dweight or options.needs_dadapter,
                 HAS_SMOOTHING=options.smoothing != 0.0,
                 HAS_Z_LOSS=options.z_loss != 0.0,
                 WANTS_CORRECT=options.wants_correct,
                 DEFERS_LABEL=defers,
                 num_warps=config.warps,
             )
-            if options.needs_dhidden:
+            if low is not None and (options.needs_dhidden or options.needs_dadapter):
+                low.read_dlogits(here, logits)
+            if options.needs_dhidden and low is None:
                 torch.mm(logits, weight, out=dhidden[here])
+            elif options.needs_dhidden:
+                low.write_dhidden(here, dhidden[here])
+                dhidden[here].addmm_(logits, weight)
             if defers:
                 tensors = (logits, labels[here], *label_terms)
                 grid = (cdiv(len(logits), 128),)
@@ -182,29 +201,36 @@ def run_chunks(
                 _accumulate(dweight, logits, h, first=start == 0)
     if defers:
         _add_label_terms(dweight, hidden, labels, deferred)
-    return losses, correct, dhidden, dweight if hidden.dtype == torch.float16 else dweight.to(weight.dtype)
+    da, db = (t.new_empty(0, dtype=torch.float32) for t in (hidden, hidden)) if low is None else low.gradients()
+    return losses, correct, dhidden, dweight if hidden.dtype == torch.float16 else dweight.to(weight.dtype), da, db
+
+
+def pair_of(adapter: Adapter | None) -> tuple[Tensor, Tensor]:
+    """A and B, empty where there is none."""
+    return (torch.empty(0), torch.empty(0)) if adapter is None or adapter[0] is None else adapter[:2]
 
 
 def run_rows_that_count(
-    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, adapter: Adapter | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`run_chunks` over the rows that are not ignored when the host knows them, over all rows otherwise."""
     check_labels(labels, weight.shape[0], options.ignore_index)
     hidden, weight = hidden if hidden.stride(1) == 1 else hidden.contiguous(), weight.contiguous()
     if labels.device.type != "cpu":
-        return run_chunks(hidden, weight, labels, scale, options)
+        return run_chunks(hidden, weight, labels, scale, adapter, options)
     kept = (labels.long() != options.ignore_index).nonzero().squeeze(1)
     rows, labels = len(labels), labels[kept].to(hidden.device, non_blocking=True)
     if len(kept) == rows:
-        return run_chunks(hidden, weight, labels, scale, options)
+        return run_chunks(hidden, weight, labels, scale, adapter, options)
     kept = kept.to(hidden.device, non_blocking=True)
     few_scales = scale.index_select(0, kept) if scale.numel() > 1 else scale
-    losses, correct, dhidden, dweight = run_chunks(hidden.index_select(0, kept), weight, labels, few_scales, options)
+    few = hidden.index_select(0, kept)
+    losses, correct, dhidden, *rest = run_chunks(few, weight, labels, few_scales, adapter, options)
 
     def spread(few: Tensor, wanted: bool) -> Tensor:
         return few.new_zeros((rows, *few.shape[1:])).index_copy_(0, kept, few) if wanted else few
 
-    return spread(losses, True), spread(correct, options.wants_correct), spread(dhidden, options.needs_dhidden), dweight
+    return spread(losses, True), spread(correct, options.wants_correct), spread(dhidden, options.needs_dhidden), *rest
 
 
 def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from m3kernels import ops
 from m3kernels.ops._common import use_triton
 from m3kernels.parity.core import table
+from m3kernels.parity.losses import HEAD_ADAPTER
 from m3kernels.parity.ops import ADD_RMS_NORM, CASES, LINEAR_CROSS_ENTROPY, LORA, RMS_NORM, ROTARY, SWIGLU, measure
 from m3kernels.parity.products import FP8_BLOCKS
 
@@ -140,11 +141,21 @@ OPCHECKS = {
     ),
     "linear_cross_entropy": lambda: (
         *(make(LINEAR_CROSS_ENTROPY)[n] for n in ("hidden", "weight", "labels")),
-        *(torch.ones((), device=DEVICE), -100, 0.1, 0.01, True, True, True, "auto", 0),
+        *(torch.ones((), device=DEVICE), None, None, 1.0, -100, 0.1, 0.01, True, True, True, False, "auto", 0),
+    ),
+    "linear_cross_entropy ": lambda: (
+        *(make(HEAD_ADAPTER)[n] for n in ("hidden", "weight", "labels")),
+        torch.ones((), device=DEVICE),
+        *(make(HEAD_ADAPTER)[n] for n in "AB"),
+        *(0.75, -100, 0.1, 0.01, True, True, True, True, "auto", 0),
     ),
     "linear_cross_entropy_per_row": lambda: (
         *(make(LINEAR_CROSS_ENTROPY)[n] for n in ("hidden", "weight", "labels")),
-        *(-100, 0.1, 0.01, True, "auto", 0),
+        *(None, None, 1.0, -100, 0.1, 0.01, True, "auto", 0),
+    ),
+    "linear_cross_entropy_per_row ": lambda: (
+        *(make(HEAD_ADAPTER)[n] for n in ("hidden", "weight", "labels", "A", "B")),
+        *(0.75, -100, 0.1, 0.01, True, "auto", 0),
     ),
 }
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from m3kernels import ops
 from m3kernels.parity.case import OpCase, measure, randn
+from m3kernels.parity.losses import HEAD_ADAPTER, HEAD_ADAPTER_PER_ROW, LINEAR_CROSS_ENTROPY, LOSS_PER_ROW, SMOOTHED
 from m3kernels.parity.products import ATTENTION, DORA, FP8, FP8_BLOCKS, LORA, WINDOW
 
 __all__ = ["CASES", "measure"]
@@ -224,108 +225,6 @@ SWIGLU_FUSED = OpCase(
 )
 
 
-def _make_loss(shape, dtype, generator):
-    rows, width, vocab = shape
-    labels = torch.randint(0, vocab, (rows,), generator=generator, device=generator.device)
-    labels[:: max(2, rows // 5)] = -100
-    # logits of a few units, as a trained model has them
-    weight = (randn(vocab, width, dtype=torch.float32, generator=generator) * 3 / width**0.5).to(dtype)
-    return {"hidden": randn(rows, width, dtype=dtype, generator=generator), "weight": weight, "labels": labels}
-
-
-def _loss(**options):
-    def run(hidden, weight, labels):
-        losses = ops.linear_cross_entropy(hidden, weight, labels, **{**options, "reduction": "none"}).detach()
-        return losses, ops.linear_cross_entropy(hidden, weight, labels, **options)
-
-    return run
-
-
-def _loss_eager(**options):
-    def run(hidden, weight, labels):
-        losses = ops.linear_cross_entropy_reference(hidden, weight, labels, **{**options, "reduction": "none"}).detach()
-        return losses, ops.linear_cross_entropy_reference(hidden, weight, labels, **options)
-
-    return run
-
-
-def _loss_none(op):
-    return lambda hidden, weight, labels: (op(hidden, weight, labels, reduction="none"),)
-
-
-LOSS_SHAPES = {
-    "small": ((30, 48, 301), (23, 33, 130), (16, 16, 1000)),
-    "real": ((2048, 3072, 131072), (1111, 4096, 32003)),
-}
-
-
-LINEAR_CROSS_ENTROPY = OpCase(
-    name="linear_cross_entropy",
-    make=_make_loss,
-    wrt=("hidden", "weight"),
-    outputs=("losses", "mean"),
-    ours=_loss(),
-    eager=_loss_eager(),
-    **LOSS_SHAPES,
-    wrong={
-        "labels off by one": lambda hidden, weight, labels: _loss()(
-            hidden, weight, torch.where(labels >= 0, (labels + 1) % weight.shape[0], labels)
-        ),
-        "ignored rows counted": lambda hidden, weight, labels: _loss()(hidden, weight, labels.clamp(min=0)),
-        "weight gradient misses the last row": lambda hidden, weight, labels: (
-            _loss()(hidden, weight, labels)[0],
-            (
-                ops.linear_cross_entropy(hidden[:-1], weight, labels[:-1], reduction="sum")
-                + ops.linear_cross_entropy(hidden[-1:], weight.detach(), labels[-1:], reduction="sum")
-            )
-            / (labels >= 0).sum(),
-        ),
-        "divided by all rows": lambda hidden, weight, labels: (
-            _loss()(hidden, weight, labels)[0],
-            ops.linear_cross_entropy(hidden, weight, labels, num_items_in_batch=len(labels)),
-        ),
-    },
-)
-
-SMOOTHED = OpCase(
-    name="linear_cross_entropy (smoothing, z-loss)",
-    make=_make_loss,
-    wrt=("hidden", "weight"),
-    outputs=("losses", "mean"),
-    ours=_loss(label_smoothing=0.1, z_loss=1e-2),
-    eager=_loss_eager(label_smoothing=0.1, z_loss=1e-2),
-    **LOSS_SHAPES,
-    wrong={
-        "smoothing dropped": _loss(z_loss=1e-2),
-        "z-loss dropped": _loss(label_smoothing=0.1),
-        "z-loss doubled": _loss(label_smoothing=0.1, z_loss=2e-2),
-    },
-)
-
-LOSS_PER_ROW = OpCase(
-    name="linear_cross_entropy (reduction none)",
-    make=_make_loss,
-    wrt=("hidden", "weight"),
-    outputs=("losses",),
-    ours=_loss_none(ops.linear_cross_entropy),
-    eager=_loss_none(ops.linear_cross_entropy_reference),
-    **LOSS_SHAPES,
-    wrong={
-        "incoming gradient ignored": lambda hidden, weight, labels: (
-            (mean := ops.linear_cross_entropy(hidden, weight, labels, reduction="sum"))
-            - mean.detach()
-            + ops.linear_cross_entropy(hidden, weight, labels, reduction="none").detach(),
-        ),
-        "frozen head": lambda hidden, weight, labels: (
-            ops.linear_cross_entropy(hidden, weight.detach(), labels, reduction="none") + 0 * weight.sum(),
-        ),
-        "frozen body": lambda hidden, weight, labels: (
-            ops.linear_cross_entropy(hidden.detach(), weight, labels, reduction="none") + 0 * hidden.sum(-1).float(),
-        ),
-    },
-)
-
-
 CASES = (
     LORA,
     DORA,
@@ -342,4 +241,6 @@ CASES = (
     LINEAR_CROSS_ENTROPY,
     SMOOTHED,
     LOSS_PER_ROW,
+    HEAD_ADAPTER,
+    HEAD_ADAPTER_PER_ROW,
 )
