@@ -193,6 +193,21 @@ def test_what_transformers_loads_dequantised(tmp_path):
         assert distance(fp8_model(**batch).logits, loaded(**batch).logits) <= FP32
 
 
+def test_autocast_is_that_of_a_linear_layer(device):
+    plain, ours = pair(device=device)
+    with torch.autocast(device, torch.bfloat16):
+        losses = [model.train()(**text_batch(model)).loss for model in (ours, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+
+
+def test_gradient_checkpointing(device):
+    plain, ours = adapted(*pair(device=device), lora())
+    for model in (plain, ours):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert_parity(ours, plain, text_batch(plain))
+
+
 def test_report_and_way_back():
     model = quantise(build())
     before = [type(m) for m in model.modules()]

@@ -170,10 +170,9 @@ def test_twenty_steps_move_as_pefts(dora, device, calls):
 
 
 def test_an_adapter_on_the_head_survives_a_second_patch(device):
-    """Its layer is fused, but not as a head that computes the loss."""
     plain, ours = pair_with(lora(target_modules=["lm_head", "q_proj"]), "text", "after", device)
     disturb(plain), disturb(ours)
-    assert patch(ours).patched["linear_cross_entropy"] == 0
+    assert patch(ours).patched["linear_cross_entropy"] == 1
     assert_same(observe(ours, text_batch(ours)), observe(plain, text_batch(plain)), 1e-4)
 
 

@@ -59,7 +59,7 @@ def fp8_linear_reference(
 ) -> Tensor:
     """Plain PyTorch: a linear layer with the dequantised weight, which autograd keeps for the backward."""
     y = F.linear(x, fp8_dequantize_reference(weight.detach(), scale.detach(), block_size, x.dtype))
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def fp8_linear(
@@ -95,4 +95,4 @@ def fp8_linear(
     rows = x.reshape(-1, x.shape[-1])
     y = _fp8_linear(rows, weight.detach(), scale, *(block_size or (WHOLE, WHOLE)))
     y = y.view(*x.shape[:-1], y.shape[-1])
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)

@@ -69,7 +69,8 @@ def _dropout(layer: nn.Module, name: str) -> float | None:
 def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
     """Why a layer's adapters run PEFT's forward, or an empty string; ``x``: the input of a call."""
     names, base = _active(layer), layer.base_layer
-    if type(base) is not nn.Linear and not fp8.is_fp8_linear(base):
+    # a head that computes the loss is a linear layer otherwise
+    if getattr(type(base), "_m3k_original", type(base)) is not nn.Linear and not fp8.is_fp8_linear(base):
         return f"the base layer is {type(base).__module__}.{type(base).__name__}"
     if getattr(layer, "fan_in_fan_out", False):
         return "fan_in_fan_out"
@@ -111,6 +112,36 @@ def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
         if all(w.device == x.device for w in (base.weight, *weights, *magnitudes))
         else "weights on another device than the input"
     )
+
+
+def why_not_in_loss(layer: nn.Module) -> str:
+    """Why an adapter on ``lm_head`` wants its logits, or an empty string."""
+    names = _active(layer)
+    if layer.disable_adapters and layer.merged:
+        return "the head's adapters are merged and disabled at once, which PEFT's forward resolves"
+    if has_hooks(layer):
+        return "the head's PEFT layer has hooks or a replaced forward, which expect logits"
+    if any(name in layer.lora_variant for name in names):
+        return "DoRA or another variant of LoRA on lm_head"
+    if any(_dropout(layer, name) != 0.0 for name in names):
+        return "dropout before the head's adapter"
+    if reason := why_not(layer):
+        return f"the head's adapter: {reason}"
+    if any(layer.lora_B[name].bias is not None for name in names):
+        return "the head's adapter has a bias"
+    dtypes = {part[name].weight.dtype for name in names for part in (layer.lora_A, layer.lora_B)}
+    if not dtypes <= {layer.base_layer.weight.dtype, torch.float32}:
+        return f"the head is {layer.base_layer.weight.dtype}, its adapter {', '.join(map(str, dtypes))}"
+    return ""
+
+
+def low_rank(layer: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
+    """(A, B, scaling) of each adapter that a call of the layer adds."""
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in _active(layer)]
+
+
+def has_active(layer: nn.Module) -> bool:
+    return bool(_active(layer))
 
 
 def _plan(layer: nn.Module, x: Tensor) -> Planned | None:

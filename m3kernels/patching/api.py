@@ -58,23 +58,49 @@ def _check_root(base: nn.Module) -> str:
 def _chosen_ops(ops: str | Iterable[str]) -> list[str]:
     from m3kernels.patching.rules import OPS
 
-    if ops == "all":
-        return list(OPS)
-    chosen = [ops] if isinstance(ops, str) else list(ops)
-    for op in chosen:
-        if op not in OPS:
-            near = difflib.get_close_matches(op, OPS, n=1)
+    return list(OPS) if ops == "all" else _chosen("op", ops, OPS, "'all' or any of")
+
+
+def _chosen_parts(adapters: str | Iterable[str]) -> list[str]:
+    from m3kernels.patching.rules import PARTS
+
+    if adapters == "none":
+        return []
+    return (
+        list(PARTS) if adapters == "all" else _chosen("part for adapters", adapters, PARTS, "'all', 'none' or any of")
+    )
+
+
+def _chosen(what: str, names: str | Iterable[str], allowed: Iterable[str], or_else: str) -> list[str]:
+    allowed = list(allowed)
+    chosen = [names] if isinstance(names, str) else list(names)
+    for name in chosen:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown op {op!r}{hint} Allowed: 'all' or any of {', '.join(OPS)}")
-    return [op for op in OPS if op in chosen]
+            raise ValueError(f"unknown {what} {name!r}{hint} Allowed: {or_else} {', '.join(allowed)}")
+    return [name for name in allowed if name in chosen]
 
 
-def _plan(base: nn.Module, ops: list[str], strict: bool) -> tuple[list, list[Skip], dict[str, int]]:
+def _parts(base: nn.Module) -> dict[int, str]:
+    """Which part a module belongs to, by id; modules of the text model are left out."""
+    from m3kernels.patching.rules import PARTS
+
+    return {
+        id(inner): part
+        for module in base.modules()
+        for part, owner in PARTS.items()
+        if any((c.__module__, c.__name__) == owner for c in type(module).__mro__)
+        for inner in module.modules()
+    }
+
+
+def _plan(base: nn.Module, ops: list[str], wanted: list[str], strict: bool) -> tuple[list, list[Skip], dict[str, int]]:
     """(modules to fuse with their rules, modules skipped, modules fused already per op)."""
     from m3kernels.patching.rules import RULES
 
     rules = {(rule.source, rule.name): rule for rule in RULES if rule.op in ops}
-    todo, skipped, done = [], [], dict.fromkeys(ops, 0)
+    todo, skipped, done, parts = [], [], dict.fromkeys(ops, 0), _parts(base)
     for name, module in base.named_modules():
         cls = type(module)
         original = getattr(cls, "_m3k_original", cls)
@@ -84,6 +110,8 @@ def _plan(base: nn.Module, ops: list[str], strict: bool) -> tuple[list, list[Ski
             continue
         if is_fused(module):
             done[rule.op] += 1
+        elif rule.op == "lora_linear" and (part := parts.get(id(module), "text")) not in wanted:
+            skipped.append(Skip(rule.op, name, f"adapters of {part} are left to PEFT (adapters=...)"))
         elif exact is None:
             skipped.append(Skip(rule.op, name, f"{cls.__name__} is derived from {rule.name}: patch before wrapping"))
         elif "forward" in vars(module):
@@ -154,7 +182,12 @@ def _describe_attention(base: nn.Module) -> list[str]:
 
 
 def patch(
-    model: nn.Module, *, ops: str | Iterable[str] = "all", attention: str = "auto", strict: bool = True
+    model: nn.Module,
+    *,
+    ops: str | Iterable[str] = "all",
+    attention: str = "auto",
+    adapters: str | Iterable[str] = ("text", "vision", "projector"),
+    strict: bool = True,
 ) -> PatchReport:
     """Give a Hugging Face Ministral 3 model fused forwards, in place; results stay those of the unpatched model.
 
@@ -171,6 +204,8 @@ def patch(
             layers, those too that are made after patching), "linear_cross_entropy".
         attention: "auto" sets the configs' attention implementation to ours, which takes the fastest backend that is
             right for a call; "keep" keeps the model's own.
+        adapters: which parts' PEFT layers run fused, those too that are made after patching: any of "text" (with the head,
+            whose low-rank part joins the loss), "vision" and "projector", or "none". The others run PEFT's forward, reported.
         strict: raise when a class differs from what its rule was written for, instead of leaving it unfused.
 
     Returns:
@@ -178,7 +213,7 @@ def patch(
 
     Raises:
         PatchError: another architecture, a transformers older than 5.17, or (strict) a class that has changed.
-        ValueError: an unknown op or attention.
+        ValueError: an unknown op, attention or part.
     """
     if attention not in ("auto", "keep"):
         raise ValueError(f"attention must be 'auto' (ours) or 'keep' (the model's own), got {attention!r}")
@@ -188,25 +223,30 @@ def patch(
     base = unwrap(model)
     architecture = _check_root(base)
     chosen = [op for op in _chosen_ops(ops) if op != "attention" or attention == "auto"]
+    wanted = _chosen_parts(adapters)
     from m3kernels.patching.rules import PROJECTING
 
     earlier = changed_by_patches(model)
-    todo, skipped, counts = _plan(base, chosen, strict)
+    todo, skipped, counts = _plan(base, chosen, wanted, strict)
     todo = _drop_lonely_tables(todo, skipped)
     for _, module, rule in todo:
         fused_class(type(module), rule.forward)  # cached; what it raises, it raises before anything is changed
     for name, module, rule in todo:
-        # fusing the head is part of what the loss rule does
-        reason = rule.why_not(module) if rule.op == "linear_cross_entropy" else ""
+        reason = ""
+        if rule.op == "linear_cross_entropy":
+            take_together(module, "text" in wanted)
+            reason = rule.why_not(module)  # fusing the head is part of what it does
         if reason:
+            take_together(module, False)
             skipped.append(Skip(rule.op, name, reason))
         else:
             fuse(module, rule.forward)
             counts[rule.op] += 1
-    if "lora_linear" in chosen:
-        for module in base.modules():
-            if getattr(type(module), "_m3k_forward", "") in PROJECTING:
-                take_together(module, True)
+    taking = (*PROJECTING, "linear_cross_entropy") if "lora_linear" in chosen else ("linear_cross_entropy",)
+    parts = _parts(base)
+    for module in base.modules():
+        if getattr(type(module), "_m3k_forward", "") in taking and parts.get(id(module), "text") in wanted:
+            take_together(module, True)
     described = [f"attention: the model's own ({getattr(base.config, '_attn_implementation', None)})"]
     if "attention" in chosen:
         switching, keeping = _attention_modules(base)

@@ -18,7 +18,7 @@ logger = logging.getLogger("m3kernels")
 ATTENTION = "m3kernels"
 ATTENTION_WAS = "_m3k_attention_was"
 
-# on a fused attention or MLP: the adapters of its projections may be taken together
+# on a fused attention or MLP: the adapters of its projections may be taken together; on a model: the head's into the loss
 TOGETHER = "_m3k_lora"
 
 # name: (forward, facts); the name is what pickles refer to
@@ -126,7 +126,7 @@ def takes_together(module: nn.Module) -> bool:
 
 
 def take_together(module: nn.Module, on: bool) -> None:
-    """Whether a fused attention or MLP takes the adapters of its projections together."""
+    """Whether a fused attention or MLP takes the adapters of its projections together, or a model its head's into the loss."""
     if on:
         module.__dict__[TOGETHER] = True
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from m3kernels.ops import linear_cross_entropy
+from m3kernels.patching import adapters
 from m3kernels.patching.classes import (
     fuse,
     fused_forward,
@@ -20,6 +21,7 @@ from m3kernels.patching.classes import (
     is_plain,
     note_fallback,
     original_forward,
+    takes_together,
 )
 
 OUTPUTS = {
@@ -31,7 +33,7 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 @fused_forward("lm_head")
 def lm_head_forward(self: nn.Module, input: Tensor, *, labels: Tensor | None = None, **options) -> Tensor:
-    """Logits as ever; with ``labels`` (already shifted) the cross-entropy of them instead."""
+    """Logits as ever; with ``labels`` (already shifted) the cross-entropy of them instead, ``adapters`` among the options."""
     if labels is None:
         return original_forward(self)(self, input)
     return linear_cross_entropy(input, self.weight, labels, **options)
@@ -54,16 +56,29 @@ def _head_inside(head: nn.Module) -> nn.Module:
     return copies[active[0]]
 
 
+def _adapted(head: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """(the head that computes the loss, PEFT's layer around it or None)."""
+    return (head.base_layer, head) if adapters.is_adapted(head) else (head, None)
+
+
+def _why_not_adapted(model: nn.Module, layer: nn.Module) -> str:
+    if adapters.has_active(layer) and not takes_together(model):
+        return "the head's adapter is left to PEFT, as patch was asked (adapters=...)"
+    return adapters.why_not_in_loss(layer)
+
+
 def _computes_loss(head: nn.Module) -> bool:
-    """Whether the head has the forward above; one with an adapter may have that of ``lora_linear``."""
+    """Whether the head has the forward above."""
     return getattr(type(head), "_m3k_forward", "") == "lm_head"
 
 
 def why_not_fused(model: nn.Module) -> str:
     """Why this call's loss takes the full logits; empty when it does not have to."""
-    head = _head_inside(model.lm_head)
+    head, layer = _adapted(_head_inside(model.lm_head))
     if model.loss_function is not ForCausalLMLoss:
         return "a loss_function of its own is set"
+    if layer is not None and (reason := _why_not_adapted(model, layer)):
+        return reason
     if not _computes_loss(head):
         return f"lm_head is {type(model.lm_head).__module__}.{type(model.lm_head).__name__}"
     if head.bias is not None:
@@ -119,7 +134,10 @@ def causal_lm_forward(self: nn.Module, *args, skip_logits: bool | None = None, *
         shifted = F.pad(labels, (0, 1), value=options.get("ignore_index", -100))[..., 1:]
     if shifted.device.type != "cpu":
         shifted = shifted.to(hidden.device)
-    loss = self.lm_head(hidden, labels=shifted.reshape(hidden.shape[:-1]), **options)
+    head, layer = _adapted(self.lm_head)
+    if layer is not None:
+        options["adapters"] = adapters.low_rank(layer)
+    loss = head(hidden, labels=shifted.reshape(hidden.shape[:-1]), **options)
 
     return self._m3k_output(loss=loss, **{name: getattr(outputs, name, None) for name in self._m3k_output_fields})
 
@@ -135,7 +153,9 @@ def _why_not_these(self: nn.Module, inputs: dict) -> str:
 
 def fuse_head(model: nn.Module) -> str:
     """Give the model's ``lm_head`` the fused forward; returns why not, or an empty string."""
-    head = _head_inside(model.lm_head)
+    head, layer = _adapted(_head_inside(model.lm_head))
+    if layer is not None and (reason := _why_not_adapted(model, layer)):
+        return reason
     if _computes_loss(head):
         return ""
     if type(head) is not nn.Linear:

@@ -142,6 +142,13 @@ OPS = tuple(dict.fromkeys(rule.op for rule in RULES))
 # forwards whose projections' adapters are taken together
 PROJECTING = ("rotary", "rotary_2d", "swiglu")
 
+# parts that adapters are chosen by, and what is whose module; all others are the text model's
+PARTS = {
+    "text": None,
+    "vision": (VISION, "PixtralVisionModel"),
+    "projector": (MULTIMODAL, "Mistral3MultiModalProjector"),
+}
+
 # whose config's attention implementation becomes ours; rotary and rotary_2d give them their forwards
 ATTENTION_MODULES = ((TEXT, "Ministral3Attention"), (VISION, "PixtralAttention"))
 
