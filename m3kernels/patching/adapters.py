@@ -95,6 +95,8 @@ def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
     magnitudes = [layer.lora_magnitude_vector[name].weight for name in names if name in layer.lora_variant]
     if sum(w.shape[0] for w in weights[::2]) > MAX_RANK:
         return f"a rank over {MAX_RANK}"
+    if any(w.dtype.itemsize < 2 for w in weights):
+        return "adapters in FP8, as PEFT before 0.19 makes them over FP8 layers: use peft>=0.19"
     if fp8.is_fp8_linear(base) and (reason := fp8.why_not(base)):
         return f"the FP8 base layer: {reason}"
     if not all(is_plain(w) for w in (base.weight, *weights, *magnitudes)):
