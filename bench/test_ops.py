@@ -38,7 +38,9 @@ def contender(case: Case, direction: str, peer: str, device: torch.device) -> op
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize(("case", "direction", "peer"), ROWS, ids=lambda v: v.label if isinstance(v, Case) else v)
+@pytest.mark.parametrize(
+    ("case", "direction", "peer"), ROWS, ids=lambda v: f"{v.op} {v.label}" if isinstance(v, Case) else v
+)
 def test_op(benchmark, case, direction, peer):
     gpu = measure.Gpu(torch.device("cuda", torch.cuda.current_device()))
     with torch.cuda.stream(gpu.stream):

@@ -66,3 +66,9 @@ def test_a_wrong_peer_fails_and_a_missing_one_skips(on_cpu, monkeypatch):
 
 def test_every_peer_of_every_case_is_a_test():
     assert len(under_pytest.ROWS) == len(set((c.op, c.label, d, p) for c, d, p in under_pytest.ROWS)) > 100
+
+
+def test_tests_are_chosen_by_op():
+    """``-k rms_norm``, as the file's docstring says."""
+    mark = next(m for m in under_pytest.test_op.pytestmark if m.name == "parametrize")
+    assert {mark.kwargs["ids"](case).split()[0] for case, _, _ in under_pytest.ROWS} == set(under_pytest.OPS)
