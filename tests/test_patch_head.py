@@ -152,6 +152,11 @@ def test_what_cannot_be_fused_says_why(reason, order, device, calls, caplog):
             torch.manual_seed(0)
             losses.append(loss_of_plain(model, batch))
     assert calls == [] and (order == "after" or reason in caplog.text), caplog.text
+    if reason == "dropout before" and device == "cuda" and order == "after":
+        # the head's layer itself runs fused then, and draws another mask of the same distribution than PEFT
+        assert all(loss.isfinite() for loss in losses)
+        ours.eval(), plain.eval()
+        losses = [model(**batch).loss for model in (ours, plain)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
