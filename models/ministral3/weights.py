@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 WEIGHT_SCALE = "_scale_inv"  # after the name of the weight
 SCALES = (".weight_scale_inv", ".activation_scale")
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 # what a name begins with on disk, and what transformers' module has there; the first that fits counts
 PREFIXES = {
     "language_model.model.": "model.language_model.",
@@ -137,6 +137,10 @@ class Checkpoint:
         """The dtype in the file."""
         return self._entry(name).dtype
 
+    def bytes(self, name: str) -> int:
+        """Its size in the file."""
+        return self._entry(name).bytes
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that ``read`` gives: the file's, for FP8 weights the config's."""
         stored = self.stored_dtype(name)
@@ -197,9 +201,7 @@ class Checkpoint:
                         f"{self.folder}: {name} is a scale, and {weight} is no FP8 (E4M3) weight there"
                     )
                 if stored not in SCALE_DTYPES:
-                    raise CheckpointError(
-                        f"{self.folder}: {name} is {CODES[stored]}: scales are F32, BF16, F16 or F8_E8M0"
-                    )
+                    raise CheckpointError(f"{self.folder}: {name} is {CODES[stored]}: scales are F32, BF16 or F8_E8M0")
             elif stored == FP8:
                 if name + WEIGHT_SCALE not in self.source:
                     raise CheckpointError(f"{self.folder}: {name} is FP8 and has no {name + WEIGHT_SCALE}")
