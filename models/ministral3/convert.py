@@ -163,7 +163,9 @@ def import_checkpoint(
     for name in beside:
         copy(source.folder / name, folder / name)
     write_text(folder / INDEX, native_index(native))
-    write_text(folder / MANIFEST, manifest(layout, str(hf_model), beside))
+    write_text(
+        folder / MANIFEST, manifest(layout, {"model": str(hf_model), "folder": str(source.folder.resolve())}, beside)
+    )
     (folder / PROGRESS).unlink()
     return Report(folder, len(native.tensors), total, tuple(done))
 

@@ -144,7 +144,7 @@ def native_index(layout: Layout) -> str:
     return json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
-def manifest(layout: Layout, source: str, copied: list[str]) -> str:
+def manifest(layout: Layout, source: dict[str, str], copied: list[str]) -> str:
     """The text of m3kernels.json, written when all else is complete."""
     versions = {}
     for name in LIBRARIES:

@@ -162,6 +162,13 @@ def test_fp8_exports_dequantised(block, hf, native, out):
     assert all(torch.equal(state[name], source.read(name)) for name in source.names)
 
 
+def test_fp8_products_stay_fp32_when_asked_for(hf, native):
+    weight, scale = fp8_checkpoint("8B", hf, None)[UP]
+    import_checkpoint(hf, native, dtype=torch.float32)
+    assert torch.equal(Checkpoint.open(native).read(UP), weight.float() * scale)
+    assert torch.equal(from_hf(hf, dtype=torch.float32)[UP], weight.float() * scale)
+
+
 @pytest.mark.parametrize("block", [None, (12, 12), (32, 20)])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_untouched_fp8_comes_back_bit_by_bit(block, dtype, hf, native, out):
