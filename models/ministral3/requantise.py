@@ -34,6 +34,7 @@ def requantise(name: str, weight: Tensor, scale: Tensor, config: dict) -> tuple[
         grown = _largest(outgrown.float(), block).reshape(scale.shape) > 0
         scale = torch.where(grown, largest, scale.float()).to(scale.dtype)
         ratio = _ratio(wide, spread(scale, block, index))
+    # a scale near zero is rounded coarsely: what is then beyond the range saturates, and is not NaN
     return ratio.clamp(-LARGEST, LARGEST).to(FP8), scale, bool(outgrown.any())
 
 
