@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import sys
 import weakref
@@ -271,6 +272,12 @@ def test_an_import_goes_on_where_it_stopped(hf, native, monkeypatch):
         export_checkpoint(native, native.with_name("out"))
     with pytest.raises(CheckpointError, match="not empty"):
         import_checkpoint(hf, native, dtype=torch.bfloat16)
+    changed = hf / "model-00001-of-00007.safetensors"
+    times = (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
+    os.utime(changed, ns=(0, 0))
+    with pytest.raises(CheckpointError, match="not empty"):
+        import_checkpoint(hf, native)
+    os.utime(changed, ns=times)
     monkeypatch.setattr(convert, "write", lambda path, *rest: (read.append(path.name), real(path, *rest)))
     report = import_checkpoint(hf, native)
     assert report.resumed == tuple(f"model-0000{i}-of-00007.safetensors" for i in (1, 2, 3))
