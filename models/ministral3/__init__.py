@@ -1,0 +1,1 @@
+"""Ministral 3: its checkpoints read, converted and written back."""
