@@ -5,7 +5,7 @@ import importlib
 import sys
 
 # a new subcommand is a new file and a name here
-SUBCOMMANDS = ("demo", "doctor", "check", "bench", "convert")
+SUBCOMMANDS = ("demo", "doctor", "check", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,1 +1,0 @@
-"""Ministral 3: its checkpoints read, converted and written back."""
