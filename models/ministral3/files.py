@@ -1,9 +1,10 @@
 """Where a checkpoint is, and the safetensors files that it is made of: headers, checks, a writer that streams."""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -235,3 +236,17 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
         raise CheckpointError(
             f"{nowhere} it is not in the cache {cache} (HF_HOME), and {why}, or give a local folder"
         ) from error
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A rich progress bar over bytes; yields what moves it on."""
+    if not shown:
+        yield lambda nbytes: None
+        return
+    from rich import progress
+
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
+    with progress.Progress(*columns, progress.TransferSpeedColumn(), progress.TimeRemainingColumn()) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
