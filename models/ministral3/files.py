@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+# in the order in which safetensors lays them out in a file
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -112,8 +113,9 @@ def read_header(path: Path) -> Header:
 
 
 def file_order(names: Iterable[str], dtypes: dict[str, str]) -> list[str]:
-    """The order in which safetensors itself lays tensors out: widest dtype first, then by name."""
-    return sorted(names, key=lambda name: (-DTYPES[dtypes[name]].itemsize, name))
+    """The order in which safetensors itself lays tensors out: by dtype, then by name."""
+    ranks = {code: rank for rank, code in enumerate(DTYPES)}
+    return sorted(names, key=lambda name: (ranks[dtypes[name]], name))
 
 
 def write_safetensors(path: Path, header: Header, tensors: Iterable[tuple[str, Tensor]]) -> None:
