@@ -22,6 +22,7 @@ from m3kernels.models.ministral3.layout import (
     read_layout,
 )
 from m3kernels.models.ministral3.weights import (
+    EMBEDDING,
     HEAD,
     SCALES,
     Checkpoint,
@@ -53,9 +54,7 @@ class StateDict:
         self._tensors = {runtime_name(name): tensor for name, tensor in state.items()}
         if len(self._tensors) < len(state):
             raise CheckpointError("the state dict holds the same tensor under the names of two layouts")
-        embedding = self._tensors.get("model.language_model.embed_tokens.weight")
-        head = self._tensors.get(HEAD)
-        if embedding is not None and head is not None and head.data_ptr() == embedding.data_ptr():
+        if _same(self._tensors.get(EMBEDDING), self._tensors.get(HEAD)):
             del self._tensors[HEAD]
         self.names = list(self._tensors)
 
@@ -67,6 +66,14 @@ class StateDict:
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()
         return tensor[index or ()].to("cpu", dtype)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors, sharded ones by their local part, are one memory."""
+    if a is None or b is None:
+        return False
+    a, b = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (a, b))
+    return a.data_ptr() == b.data_ptr() != 0
 
 
 def read_as(weights: Weights, name: str, dtype: torch.dtype, index: tuple[slice, ...] | None = None) -> Tensor:

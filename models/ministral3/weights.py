@@ -231,6 +231,8 @@ class Checkpoint:
     def read(self, name: str, index: tuple[slice, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor, or ``tensor[index]`` of it, on the CPU; only what is asked for is read from the disk.
 
+        A whole tensor may be a private map of the file: copy it before the file itself is rewritten.
+
         An FP8 weight is multiplied by its scale in fp32 and cast once, exactly as transformers dequantises it.
 
         Args:
