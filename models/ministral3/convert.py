@@ -100,7 +100,7 @@ def import_checkpoint(
             of it is found before anything is written.
     """
     source = Checkpoint.open(hf_model, revision=revision, token=token)
-    target = Path(checkpoint_path).expanduser()
+    target = Path(checkpoint_path).expanduser().resolve()
     if (source.folder / RECORD).exists():
         raise CheckpointError(f"{source.folder} is a native checkpoint already: nothing to import")
     _apart(target, "--checkpoint-path", source.folder, "--hf-model")
@@ -171,7 +171,7 @@ def to_hf(
 
     The folder appears when it is complete. In a job of several ranks call it on one, with plain tensors.
     """
-    target = Path(hf_path).expanduser()
+    target = Path(hf_path).expanduser().resolve()
     if isinstance(source, Mapping | nn.Module):
         state = source.state_dict() if isinstance(source, nn.Module) else source
         if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
@@ -185,10 +185,12 @@ def to_hf(
     total = sum(header.nbytes for header in plan.files.values())
     check_space(target, total)
     half = target.with_name(target.name + ".tmp")
-    if half.exists():
-        shutil.rmtree(half)
+    if half.exists() and not (half / UNFINISHED).exists():
+        raise CheckpointError(f"{half} is in the way and is no interrupted export: move it")
+    shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
     try:
+        (half / UNFINISHED).touch()
         with bar("export", total, progress) as advance:
             for name, header in plan.files.items():
                 _write(half / name, header, plan.tensors(name), advance)
@@ -197,6 +199,7 @@ def to_hf(
         write_text(half / "config.json", plan.config)
         if plan.index is not None:
             write_text(half / INDEX, plan.index)
+        (half / UNFINISHED).unlink()
         empty(target)
         half.rename(target)
     except BaseException:

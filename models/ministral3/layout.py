@@ -167,7 +167,7 @@ def check_target(folder: Path, overwrite: bool, option: str) -> None:
 
 def empty(folder: Path) -> None:
     """Deletes a folder that ``check_target`` let pass; it is renamed first: half of it never stands under its name."""
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         doomed = folder.with_name(f"{folder.name}.deleted-{os.getpid()}")
         folder.rename(doomed)
         shutil.rmtree(doomed)

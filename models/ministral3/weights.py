@@ -248,12 +248,15 @@ class Checkpoint:
         index = () if index is None else index
         if len(index) > len(shape) or any(not isinstance(i, slice) or i.step not in (None, 1) for i in index):
             raise CheckpointError(f"{name} {list(shape)}: index {index} is no tuple of slices of step 1")
-        tensor = self._load(stored, index)
+        ranges = [range(*i.indices(size)) for i, size in zip(index, shape)]
         dtype = dtype or self.dtype(name)
+        if not all(ranges):
+            # a rank of an uneven sharding; safetensors refuses empty slices
+            return torch.empty([len(r) for r in ranges] + list(shape[len(ranges) :]), dtype=dtype)
+        tensor = self._load(stored, tuple(slice(r.start, r.stop) for r in ranges))
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor.to(dtype)
-        index = index + (slice(None),) * (len(shape) - len(index))
-        rows, columns = (range(*i.indices(size)) for i, size in zip(index, shape))
+        rows, columns = [*ranges, *map(range, shape[len(ranges) :])]
         scale = self._load(self.scales[name + "_scale_inv"])
         return fp8.dequantize(tensor, fp8.spread(scale, self.block, rows, columns), dtype)
 

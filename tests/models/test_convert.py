@@ -259,14 +259,15 @@ def load_sharded(rank: int, native: str, store: str) -> None:
     dist.destroy_process_group()
 
 
-class TestDistributedCheckpoint:
-    @pytest.fixture(scope="class")
-    def native(self, tmp_path_factory):
-        """Of an FP8 source, so that scales stand beside the weights."""
-        base = tmp_path_factory.mktemp("dcp")
-        import_checkpoint(save_fp8(base / "hf"), base / "native")
-        return base / "native"
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """Of an FP8 source, so that scales stand beside the weights."""
+    base = tmp_path_factory.mktemp("dcp")
+    import_checkpoint(save_fp8(base / "hf"), base / "native")
+    return base / "native"
 
+
+class TestDistributedCheckpoint:
     def test_plain_tensors(self, native):
         state = {name: torch.zeros_like(tensor) for name, tensor in tensors(native).items()}
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(native)))

@@ -311,6 +311,25 @@ class TestTarget:
         assert_identical(out, once[0])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "out"]
 
+    def test_what_a_killed_export_left_is_cleared_and_nothing_else(self, once, native, tmp_path):
+        half = tmp_path / "out.tmp"
+        half.mkdir()
+        (half / "notes.txt").touch()
+        with pytest.raises(CheckpointError, match="out.tmp is in the way"):
+            export_checkpoint(native, tmp_path / "out")
+        (half / UNFINISHED).touch()
+        export_checkpoint(native, tmp_path / "out")
+        assert_identical(tmp_path / "out", once[0])
+        assert not half.exists()
+
+    def test_a_link_to_a_folder_stays_one(self, once, native, tmp_path):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        for overwrite in (False, True):
+            export_checkpoint(native, tmp_path / "link", overwrite=overwrite)
+        assert (tmp_path / "link").is_symlink()
+        assert_identical(tmp_path / "real", once[0])
+
     def test_disk_space_is_checked_first(self, native, tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)._replace(free=10)
         monkeypatch.setattr(layout.shutil, "disk_usage", lambda path: usage)
