@@ -190,6 +190,15 @@ class TestResume:
         assert import_checkpoint(saved, native).reused == done - 1
         assert verify_checkpoint(saved, native).differences == {}
 
+    def test_a_whole_file_that_is_another_shard_is_written_anew(self, saved, tmp_path):
+        native = tmp_path / "native"
+        self.killed(saved, native, 44)
+        first, second = sorted(native.glob("*.safetensors"))[:2]
+        shutil.copyfile(second, first)
+        done = len(inodes(native))
+        assert import_checkpoint(saved, native).reused == done - 1
+        assert verify_checkpoint(saved, native).differences == {}
+
     def test_only_the_same_import_goes_on(self, folder, tmp_path):
         native = tmp_path / "native"
         self.killed(folder, native, 25)
@@ -354,6 +363,18 @@ class TestVerify:
             "model.vision_tower.ln_pre.weight": "max difference inf",
             "model.multi_modal_projector.norm.weight": "zeros of another sign",
         }
+
+    def test_what_is_not_finite_on_both_sides_is_no_difference(self, folder, tmp_path):
+        def edit(held, value):
+            if (name := "language_model.model.norm.weight") in held:
+                held[name][:3] = torch.tensor([float("inf"), float("nan"), value])
+            return held
+
+        rewrite(folder, lambda held: edit(held, 1.0))
+        import_checkpoint(folder, tmp_path / "native")
+        rewrite(folder, lambda held: edit(held, 1.25))
+        result = verify_checkpoint(folder, tmp_path / "native")
+        assert result.differences == {"model.language_model.norm.weight": "max difference 0.25"}
 
     def test_fp8_against_its_native_form(self, tmp_path):
         source = save_fp8(tmp_path / "hf", "block")

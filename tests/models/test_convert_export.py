@@ -194,6 +194,13 @@ class TestFP8:
         ours, theirs = Checkpoint.open(tmp_path / "out").read(UP), Checkpoint.open(native).read(UP)
         assert (ours - theirs).abs().max() <= theirs.abs().max() / 16 and not torch.equal(ours, theirs)
 
+    def test_a_weight_that_is_left_out_takes_its_scales_with_it(self, fp8, tmp_path):
+        native = shutil.copytree(fp8[1], tmp_path / "native")
+        rewrite(native, lambda held: {name: tensor for name, tensor in held.items() if name != UP})
+        export_checkpoint(native, tmp_path / "out", fp8=True, strict=False)
+        left_out = {name for name in tensors(fp8[0]) if "layers.1.mlp.up_proj." in name}
+        assert len(left_out) == 3 and tensors(tmp_path / "out").keys() == tensors(fp8[0]).keys() - left_out
+
     def test_without_scales_it_is_refused(self, once, fp8, tmp_path):
         with pytest.raises(CheckpointError, match="--fp8 needs the scales of an FP8 checkpoint"):
             export_checkpoint(once[1], tmp_path / "out", fp8=True)
