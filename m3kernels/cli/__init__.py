@@ -5,7 +5,7 @@ import importlib
 import sys
 
 # a new subcommand is a new file and a name here
-SUBCOMMANDS = ("demo", "doctor", "check", "bench")
+SUBCOMMANDS = ("demo", "doctor", "check", "bench", "convert")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Ministral 3: the parallel model and its checkpoints."""
