@@ -95,12 +95,14 @@ def _parts(base: nn.Module) -> dict[int, str]:
     }
 
 
-def _plan(base: nn.Module, ops: list[str], wanted: list[str], strict: bool) -> tuple[list, list[Skip], dict[str, int]]:
+def _plan(
+    base: nn.Module, ops: list[str], parts: dict[int, str], wanted: list[str], strict: bool
+) -> tuple[list, list[Skip], dict[str, int]]:
     """(modules to fuse with their rules, modules skipped, modules fused already per op)."""
     from m3kernels.patching.rules import RULES
 
     rules = {(rule.source, rule.name): rule for rule in RULES if rule.op in ops}
-    todo, skipped, done, parts = [], [], dict.fromkeys(ops, 0), _parts(base)
+    todo, skipped, done = [], [], dict.fromkeys(ops, 0)
     for name, module in base.named_modules():
         cls = type(module)
         original = getattr(cls, "_m3k_original", cls)
@@ -227,7 +229,8 @@ def patch(
     from m3kernels.patching.rules import PROJECTING
 
     earlier = changed_by_patches(model)
-    todo, skipped, counts = _plan(base, chosen, wanted, strict)
+    parts = _parts(base)
+    todo, skipped, counts = _plan(base, chosen, parts, wanted, strict)
     todo = _drop_lonely_tables(todo, skipped)
     for _, module, rule in todo:
         fused_class(type(module), rule.forward)  # cached; what it raises, it raises before anything is changed
@@ -243,7 +246,6 @@ def patch(
             fuse(module, rule.forward)
             counts[rule.op] += 1
     taking = (*PROJECTING, "linear_cross_entropy") if "lora_linear" in chosen else ("linear_cross_entropy",)
-    parts = _parts(base)
     for module in base.modules():
         if getattr(type(module), "_m3k_forward", "") in taking and parts.get(id(module), "text") in wanted:
             take_together(module, True)
