@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,6 +119,17 @@ def file_order(names: Iterable[str], dtypes: dict[str, str]) -> list[str]:
     return sorted(names, key=lambda name: (ranks[dtypes[name]], name))
 
 
+@contextlib.contextmanager
+def _renamed(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name, which gets its own when it is complete and on the disk."""
+    half = path.with_name(path.name + ".tmp")
+    with open(half, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(half, path)
+
+
 def write_safetensors(path: Path, header: Header, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes ``tensors``, which come in the order of ``header``, one at a time; the file appears when it is complete.
 
@@ -139,9 +151,8 @@ def write_safetensors(path: Path, header: Header, tensors: Iterable[tuple[str, T
         offset += entry.nbytes
     raw = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    half = path.with_name(path.name + ".tmp")
     expected = iter(header.entries.items())
-    with open(half, "wb") as file:
+    with _renamed(path) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name, tensor in tensors:
             wanted, entry = next(expected, (None, None))
@@ -157,19 +168,12 @@ def write_safetensors(path: Path, header: Header, tensors: Iterable[tuple[str, T
         left = [name for name, _ in expected]
         if left:
             raise CheckpointError(f"{path}: no tensor came for {listing(left)}")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file under a temporary name and renames it."""
-    half = path.with_name(path.name + ".tmp")
-    with open(half, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
+    with _renamed(path) as file:
+        file.write(text.encode())
 
 
 def read_json(path: Path) -> dict:
