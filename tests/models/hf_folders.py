@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from m3kernels.models.ministral3.weights import INDEX, runtime_name
+from m3kernels.models.ministral3.files import CheckpointError
+from m3kernels.models.ministral3.weights import INDEX, Checkpoint, runtime_name
 from models import redraw, rope, text_config, vlm_config
 
 # what tells the released sizes apart: the tie, theta, and head_dim beside hidden / heads
@@ -132,3 +134,13 @@ def assert_identical(ours: Path, theirs: Path) -> None:
     assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
     different = [p.name for p in theirs.iterdir() if p.read_bytes() != (ours / p.name).read_bytes()]
     assert not different, different
+
+
+def fails(folder: Path, *says: str, check: bool = False) -> None:
+    """Opening a checkpoint (``check``: comparing it with its config, too) raises an error that says all of these."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint = Checkpoint.open(folder)
+        if check:
+            checkpoint.check()
+    for text in says:
+        assert text in str(caught.value), str(caught.value)

@@ -8,11 +8,7 @@ from unittest import mock
 import huggingface_hub
 import pytest
 import torch
-from hf_folders import (
-    edit_config,
-    rewrite,
-    save,
-)
+from hf_folders import edit_config, fails, rewrite, save
 from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,15 +29,6 @@ def saved(tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy of it to be damaged."""
     return shutil.copytree(saved, tmp_path / "copy")
-
-
-def fails(folder, *says, check=False):
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint = Checkpoint.open(folder)
-        if check:
-            checkpoint.check()
-    for text in says:
-        assert text in str(caught.value), str(caught.value)
 
 
 class TestErrors:

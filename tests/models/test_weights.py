@@ -11,6 +11,7 @@ from hf_folders import (
     SIZES,
     bits,
     edit_config,
+    fails,
     load,
     model,
     rewrite,
@@ -58,15 +59,6 @@ def quantised(tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy of the 8B folder to be damaged."""
     return shutil.copytree(saved(), tmp_path / "copy")
-
-
-def fails(folder, *says, check=False):
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint = Checkpoint.open(folder)
-        if check:
-            checkpoint.check()
-    for text in says:
-        assert text in str(caught.value), str(caught.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
