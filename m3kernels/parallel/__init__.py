@@ -1,0 +1,25 @@
+"""Parts of a parallel model that know no model: the mesh, the collectives, and what is sharded over the vocabulary."""
+
+from m3kernels.parallel.collectives import (
+    all_gather_tokens,
+    all_reduce_max,
+    all_reduce_sum,
+    copy_to_ranks,
+    rank_in,
+    reduce_scatter_tokens,
+    size_of,
+)
+from m3kernels.parallel.mesh import ParallelError, group_of, make_mesh
+
+__all__ = [
+    "ParallelError",
+    "all_gather_tokens",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "copy_to_ranks",
+    "group_of",
+    "make_mesh",
+    "rank_in",
+    "reduce_scatter_tokens",
+    "size_of",
+]
