@@ -44,6 +44,7 @@ decode = importlib.import_module("m3kernels.ops.attention_decode")
 adapters = importlib.import_module("m3kernels.ops._lora_launch")
 dora = importlib.import_module("m3kernels.ops._dora_scale")
 fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
+vocab_parallel = importlib.import_module("m3kernels.parallel.cross_entropy")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -185,6 +186,19 @@ def test_cross_entropy(vocab, gradient, smoothing, correct):
         "DEFERS_LABEL": gradient,
     }
     check(kernel, compile_sm90(kernel, config.warps, constexprs, types), vocab)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("vocab", [301, 16_384, 65_536, 131_072])
+@pytest.mark.parametrize("name", ["stats", "dlogits"])
+def test_vocab_parallel_cross_entropy(name, vocab, dtype):
+    kernel, config = getattr(vocab_parallel, f"vocab_parallel_{name}_kernel"), loss.row_config(vocab)
+    types = {n: "*fp32" if n.startswith("p_") else "i32" for n in kernel.arg_names}
+    types |= {"p_logits": f"*{dtype}", "p_label": "*i64"}
+    report = compile_sm90(kernel, config.warps, {"BLOCK": config.block}, types)
+    check(kernel, report, vocab)
+    # 16 bytes a thread
+    assert vocab == 301 or "ld.global.v4" in report["ptx"]
 
 
 def test_label_terms():

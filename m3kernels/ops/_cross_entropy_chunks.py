@@ -70,7 +70,7 @@ def plan_chunks(rows: int, vocab: int, dtype: torch.dtype, options: Options) -> 
 
 
 @contextmanager
-def _fp32_reductions() -> Iterator[None]:
+def fp32_reductions() -> Iterator[None]:
     """cuBLAS may otherwise add the parts of a product split along the vocabulary in bf16: 1.5 times eager's error."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
@@ -84,7 +84,7 @@ def _fp32_reductions() -> Iterator[None]:
             setattr(matmul, name, reduced if split_k else (reduced, split_k))
 
 
-def _accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
     """``total (+)= dlogits.T @ hidden`` by one GEMM, whose fp32 accumulator meets ``total`` before the only rounding."""
     beta = 0 if first else 1
     if total.dtype == dlogits.dtype:
@@ -151,7 +151,7 @@ def run_chunks(
     low = None if adapter is None else LowRank(hidden, *adapter, options.needs_dadapter)
     buffer = hidden.new_empty((step, vocab))
     config = row_config(vocab, options.wants_correct or options.smoothing != 0.0)
-    with _fp32_reductions():
+    with fp32_reductions():
         for start in range(0, rows, step):
             here = slice(start, min(start + step, rows))
             h, logits = hidden[here], buffer[: min(step, rows - start)]
@@ -198,7 +198,7 @@ def run_chunks(
                 op = "linear_cross_entropy label terms"
                 launch(op, take_label_out_kernel, grid, *tensors, logits.stride(0), len(logits), BLOCK=128)
             if options.needs_dweight:
-                _accumulate(dweight, logits, h, first=start == 0)
+                accumulate(dweight, logits, h, first=start == 0)
     if defers:
         _add_label_terms(dweight, hidden, labels, deferred)
     da, db = (t.new_empty(0, dtype=torch.float32) for t in (hidden, hidden)) if low is None else low.gradients()

@@ -9,6 +9,8 @@ from m3kernels.parallel.collectives import (
     reduce_scatter_tokens,
     size_of,
 )
+from m3kernels.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
+from m3kernels.parallel.embedding import vocab_parallel_embedding
 from m3kernels.parallel.mesh import ParallelError, group_of, make_mesh
 
 __all__ = [
@@ -22,4 +24,6 @@ __all__ = [
     "rank_in",
     "reduce_scatter_tokens",
     "size_of",
+    "vocab_parallel_embedding",
+    "vocab_parallel_linear_cross_entropy",
 ]
