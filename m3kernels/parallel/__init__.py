@@ -11,6 +11,7 @@ from m3kernels.parallel.collectives import (
 )
 from m3kernels.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from m3kernels.parallel.embedding import vocab_parallel_embedding
+from m3kernels.parallel.local import local
 from m3kernels.parallel.mesh import ParallelError, group_of, make_mesh
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "all_reduce_sum",
     "copy_to_ranks",
     "group_of",
+    "local",
     "make_mesh",
     "rank_in",
     "reduce_scatter_tokens",

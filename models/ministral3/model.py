@@ -1,0 +1,314 @@
+"""The whole model: images placed among the tokens, head and loss, and Hugging Face's batches in and out."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from m3kernels.models.ministral3 import tokens as packing
+from m3kernels.models.ministral3.cache import KVCache
+from m3kernels.models.ministral3.config import Config
+from m3kernels.models.ministral3.layers import Linear, RMSNorm
+from m3kernels.models.ministral3.text import Embedding, LanguageModel
+from m3kernels.models.ministral3.tokens import Tokens
+from m3kernels.models.ministral3.vision import Grids, Projector, VisionTower, grids_of
+from m3kernels.parallel import all_gather_tokens, all_reduce_sum, local, vocab_parallel_linear_cross_entropy
+
+IGNORED = -100
+
+
+@dataclass
+class Output(ModelOutput):
+    """What a forward returns.
+
+    Attributes:
+        loss: mean cross-entropy of the supervised tokens, over all ranks' batches; None without labels.
+        logits: (batch, seq, V), zeros where the input had padding; (T, V) for packed tokens. None where the loss is
+            computed without them.
+        cache: keys and values, to be passed with what comes next; None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: KVCache | None = None
+
+
+class Head(Linear):
+    """Hidden states to logits, or straight to the summed loss."""
+
+    computes_loss = False  # the fused forward goes to the loss without logits
+
+    def forward(self, x_TD: Tensor, labels_T: Tensor | None = None) -> Tensor:
+        logits_TV = super().forward(x_TD)
+        if labels_T is None:
+            return logits_TV
+        return summed_loss(logits_TV, labels_T)
+
+
+def summed_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Sum of the cross-entropies of the rows whose label is not -100; in fp32, fp64 for fp64."""
+    wide = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return F.cross_entropy(wide, labels_T, ignore_index=IGNORED, reduction="sum")
+
+
+class Body(nn.Module):
+    """Tower, projector and language model under transformers' names."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.vision is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.multi_modal_projector = Projector(config.vision, config.text.hidden_size)
+        self.language_model = LanguageModel(config.text)
+
+    def image_features(self, pixels: Tensor, grids: Grids) -> Tensor:
+        """(N, D): embeddings of the image tokens, image after image."""
+        return self.multi_modal_projector(self.vision_tower(pixels, grids), grids)
+
+
+class Ministral3(nn.Module):
+    """Ministral 3 with its vision tower, or the language model alone.
+
+    Parameters have transformers' runtime names (``model.language_model.layers.0.self_attn.q_proj.weight``). Plain PyTorch;
+    ``m3kernels.patch(model)`` puts the kernels in, ``parallelize(model, mesh)`` shards it.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.lm_head = Head(config.text.hidden_size, config.text.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+        self.layout = None  # set by parallelize
+        self.run = call  # how a decoder layer is called; set by recompute
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        progress: bool = False,
+    ) -> "Ministral3":
+        """Reads a Hugging Face checkpoint, or a native one: a local folder or a Hub id, in eval mode.
+
+        Args:
+            dtype: of the parameters; the checkpoint's own by default. FP8 weights are dequantised.
+            device: where the parameters go, one after the other.
+            progress: whether to show a bar.
+
+        Raises:
+            CheckpointError: nothing is there, or tensors are missing, in excess, misshapen or unreadable.
+            ConfigError: the config asks for what this model does not compute.
+        """
+        from m3kernels.models.ministral3.loading import load
+        from m3kernels.models.ministral3.weights import Checkpoint
+
+        checkpoint = Checkpoint.open(source, revision=revision, token=token)
+        checkpoint.check()
+        config = Config.from_hf(checkpoint.config, tied=checkpoint.tied)
+        with torch.device("meta"):
+            model = cls(config)
+        load(model, checkpoint, dtype=dtype, device=device, progress=progress)
+        return model.eval()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draws matrices from a normal distribution of ``config.initializer_range``; norms are one, biases zero."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+            elif isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+                module.weight.normal_(0, self.config.initializer_range, generator=generator)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.model.language_model.embed_tokens
+
+    def get_output_embeddings(self) -> Head:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | Sequence | None = None,
+        labels: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        skip_logits: bool | None = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """Hugging Face's batch, or packed tokens.
+
+        Padding is not computed: a label counts where the token before it in its row is one.
+
+        Args:
+            input_ids: (batch, seq); or (T,) or (1, T) with ``cu_seqlens``.
+            attention_mask: (batch, seq), 0 where there is padding.
+            position_ids: like ``input_ids``; see ``tokens.from_rows``.
+            pixel_values: (images, channels, height, width), for the image tokens in their order.
+            image_sizes: (images, 2), height and width of each image in pixels.
+            labels: like ``input_ids``, -100 where nothing is predicted; shifted here, as transformers does.
+            cu_seqlens: (sequences + 1,) boundaries of packed sequences.
+            cache: what an earlier forward returned; its tokens are seen, and these are added.
+            use_cache: whether to begin a cache where none is given.
+            logits_to_keep: the last so many columns, or the columns given; 0 is all.
+            num_items_in_batch: what the summed loss is divided by; by default the supervised tokens of all ranks.
+            shift_labels: labels that are shifted already, instead of ``labels``.
+            skip_logits: leave logits out where there is a loss; by default in training, where the loss needs none.
+            return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: inputs of shapes that do not fit together, image tokens without as many features, images for a
+                model without a tower, or a cache while gradients are recorded.
+        """
+        if cu_seqlens is not None:
+            if attention_mask is not None or cache is not None or use_cache:
+                raise ValueError("cu_seqlens goes with neither attention_mask nor a cache: packed rows have no padding")
+            tokens = packing.from_packed(input_ids, cu_seqlens, position_ids)
+        else:
+            tokens = packing.from_rows(input_ids, attention_mask, position_ids, cache)
+        group = None if self.layout is None else self.layout.tp_group
+        if group is not None:
+            tokens = tokens.padded_to(group.size())
+        if use_cache and cache is None:
+            cache = KVCache(input_ids.shape[0], max(tokens.sequences.lengths))
+
+        x_tD = self.hidden_states(tokens, pixel_values, image_sizes, cache, group)
+        if cache is not None:
+            cache.end(tokens.sequences.rows, tokens.sequences.lengths, input_ids.shape[-1])
+
+        loss = logits = None
+        labels_T = self.labels_of(tokens, labels, shift_labels)
+        if labels_T is None or not (self.training if skip_logits is None else skip_logits):
+            logits = self.logits(x_tD, tokens, logits_to_keep, group)
+        elif skip_logits is None and group is None and not self.lm_head.computes_loss:
+            logits = self.logits(x_tD, tokens, logits_to_keep, group)
+        if labels_T is not None:
+            loss = self.loss(x_tD, labels_T, num_items_in_batch, group)
+        output = Output(loss, logits, cache)
+        return output if return_dict else output.to_tuple()
+
+    def hidden_states(
+        self,
+        tokens: Tokens,
+        pixels: Tensor | None = None,
+        image_sizes: Tensor | Sequence | None = None,
+        cache: KVCache | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> Tensor:
+        """(t, D): what the head takes."""
+        if cache is not None:
+            if torch.is_grad_enabled() and self.training:
+                raise ValueError("a cache keeps no gradients: call in eval mode or under torch.no_grad()")
+            cache.begin(tokens.sequences.rows, tokens.sequences.lengths, tokens.ids_T.device)
+        x_tD = self.model.language_model.embed(tokens.ids_T, group)
+        x_tD = self.place_images(x_tD, tokens.ids_T, pixels, image_sizes, group)
+        return self.model.language_model(x_tD, tokens, cache, group, self.run)
+
+    def place_images(
+        self,
+        x_tD: Tensor,
+        ids_T: Tensor,
+        pixels: Tensor | None,
+        image_sizes: Tensor | Sequence | None,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> Tensor:
+        """Embeddings with the image tokens of this rank's slice replaced by features."""
+        if pixels is None:
+            return x_tD if self.layout is None else self.layout.without_images(self, x_tD)
+        if self.config.vision is None:
+            raise ValueError(
+                "pixel_values for a model without a vision tower: its checkpoint is the language model alone"
+            )
+        grids = grids_of(pixels, image_sizes, self.config.vision)
+        features_ND = self.model.image_features(pixels.to(x_tD.device), grids).to(x_tD.dtype)
+        is_image_T = ids_T == self.config.image_token
+        wanted = int(is_image_T.sum())
+        if wanted != features_ND.shape[0]:
+            raise ValueError(f"{wanted} image tokens in input_ids, but the images make {features_ND.shape[0]} features")
+        rank = 0 if group is None else group.rank()
+        mine = slice(rank * x_tD.shape[0], (rank + 1) * x_tD.shape[0])
+        which_t = is_image_T.cumsum(0)[mine] - 1
+        at = is_image_T[mine].nonzero()[:, 0]
+        return x_tD.index_copy(0, at, features_ND[which_t[at]])
+
+    def logits(
+        self, x_tD: Tensor, tokens: Tokens, keep: int | Tensor, group: torch.distributed.ProcessGroup | None
+    ) -> Tensor:
+        """Logits in the input's shape; of a sharded vocabulary without a gradient."""
+        x_TD = all_gather_tokens(x_tD, group)
+        if isinstance(keep, int) and keep == 0:
+            return tokens.spread(self._whole_vocabulary(self.lm_head(x_TD), group))
+        columns = slice(-keep, None) if isinstance(keep, int) else keep
+        kept = tokens.spread(x_TD)[..., columns, :]
+        logits = self._whole_vocabulary(self.lm_head(kept.reshape(-1, kept.shape[-1])), group)
+        return logits.view(*kept.shape[:-1], -1)
+
+    def _whole_vocabulary(self, logits_Tv: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+        if group is None:
+            return logits_Tv
+        return all_gather_tokens(logits_Tv.detach().t().contiguous(), group).t()
+
+    def labels_of(self, tokens: Tokens, labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
+        """(T,): what each token is to predict."""
+        if shifted is None:
+            if labels is None:
+                return None
+            shifted = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        if shifted.numel() != torch.Size(tokens.shape).numel():
+            raise ValueError(f"labels are {list(shifted.shape)} for input_ids {list(tokens.shape)}")
+        return tokens.pick(shifted.to(tokens.ids_T.device))
+
+    def loss(
+        self,
+        x_tD: Tensor,
+        labels_T: Tensor,
+        num_items: int | Tensor | None,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> Tensor:
+        """Summed cross-entropy over the number of supervised tokens, both over all ranks."""
+        if num_items is None:
+            num_items = (labels_T != IGNORED).sum()
+            if self.layout is not None:
+                num_items = all_reduce_sum(num_items, self.layout.batch_group)
+        x_TD = all_gather_tokens(x_tD, group)
+        if group is None:
+            total = self.lm_head(x_TD, labels_T)
+        else:
+            total = vocab_parallel_linear_cross_entropy(x_TD, local(self.lm_head.weight), labels_T, group, num_items=1)
+        if self.layout is not None:
+            total = all_reduce_sum(total, self.layout.batch_group)
+        return total / num_items
+
+
+def call(layer: nn.Module, *inputs):
+    """Runs a decoder layer, keeping what its backward needs."""
+    return layer(*inputs)
