@@ -1,7 +1,6 @@
 """What a Ministral 3 is made of: frozen dataclasses, read from the Hugging Face config that comes with a checkpoint."""
 
 import copy
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,9 +70,26 @@ class Rope:
         """(beta, original_max) of the query scale, None without one."""
         return None if self.llama4_beta is None or self.original_max is None else (self.llama4_beta, self.original_max)
 
-    def inv_freq(self, head_dim: int, device: torch.device) -> Tensor:
-        """(head_dim / 2,) fp32 radians a position. Kept for each device: a buffer would be cast with the model."""
-        return _inv_freq(self, head_dim, torch.device(device))
+    def inv_freq(self, head_dim: int) -> Tensor:
+        """(head_dim / 2,) fp32 radians a position, on the CPU whatever the default device is."""
+        wavelengths = self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+        if self.kind == "default":
+            return 1.0 / wavelengths
+
+        def dimension(rotations: float) -> float:
+            """Where in the head a frequency turns this often over the original length."""
+            turns = self.original_max / (rotations * 2 * math.pi)
+            return head_dim * math.log(turns) / (2 * math.log(self.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        if low == high:
+            high += 0.001
+        kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+        extrapolated, interpolated = 1.0 / wavelengths, 1.0 / (self.factor * wavelengths)
+        return interpolated * (1 - kept) + extrapolated * kept
 
 
 def _attention_factor(parameters: Mapping, factor: float) -> float:
@@ -85,28 +101,6 @@ def _attention_factor(parameters: Mapping, factor: float) -> float:
 
     top, bottom = parameters.get("mscale"), parameters.get("mscale_all_dim")
     return mscale(top) / mscale(bottom) if top and bottom else mscale(1.0)
-
-
-@functools.cache
-def _inv_freq(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
-    wavelengths = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if rope.kind == "default":
-        return (1.0 / wavelengths).to(device)
-
-    def dimension(rotations: float) -> float:
-        """Where in the head a frequency turns this often over the original length."""
-        turns = rope.original_max / (rotations * 2 * math.pi)
-        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    if low == high:
-        high += 0.001
-    kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    extrapolated, interpolated = 1.0 / wavelengths, 1.0 / (rope.factor * wavelengths)
-    return (interpolated * (1 - kept) + extrapolated * kept).to(device)
 
 
 @dataclass(frozen=True)
@@ -157,9 +151,9 @@ class VisionConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    def inv_freq(self, device: torch.device) -> Tensor:
+    def inv_freq(self) -> Tensor:
         """(head_dim / 2,) fp32: the even ones, which turn with the row, then the odd ones, which turn with the column."""
-        frequencies = _inv_freq(Rope("default", self.rope_theta), self.head_dim, torch.device(device))
+        frequencies = Rope("default", self.rope_theta).inv_freq(self.head_dim)
         return torch.cat([frequencies[0::2], frequencies[1::2]])
 
 

@@ -58,6 +58,18 @@ class MLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
+class Constant:
+    """A tensor that goes to the device where it is used, once for each; a buffer would be cast with the model."""
+
+    def __init__(self, value: Tensor):
+        self._on = {value.device: value}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            self._on[device] = next(iter(self._on.values())).to(device)
+        return self._on[device]
+
+
 def rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)

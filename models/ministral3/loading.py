@@ -20,40 +20,34 @@ def load(
     """Gives every parameter its tensor, one after the other; of a DTensor only this rank's part is read.
 
     Args:
-        model: a ``Ministral3``, on the meta device or with memory of its own; parameters that are there are overwritten
-            where they lie, those on meta are made.
+        model: a ``Ministral3``, whole or sharded; one on the meta device gets memory on ``device`` first.
         checkpoint: of the model's config; see ``Checkpoint.check``.
-        dtype: of parameters that are made; the checkpoint's own by default.
+        dtype: of the parameters of a model on meta; what they have by default.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        if dtype is not None:
+            model.to(dtype)
+        _to_empty(model, torch.device(device))
     parameters = dict(model.named_parameters())
-    dtypes = {name: dtype or checkpoint.dtype(name) for name in parameters}
-    total = sum(p.numel() * dtypes[name].itemsize for name, p in parameters.items())
-    made: dict[int, nn.Parameter] = {}
+    total = sum(part_of(p).nbytes for p in parameters.values())
     with bar("load", total, progress) as advance:
         for name, parameter in parameters.items():
-            part = read_as(checkpoint, name, dtypes[name], local_slices(parameter))
-            made[id(parameter)] = _fill(parameter, part, torch.device(device))
+            part = part_of(parameter)
+            part.copy_(read_as(checkpoint, name, part.dtype, local_slices(parameter)))
             advance(part.nbytes)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and made[id(parameter)] is not parameter:
-                module._parameters[name] = made[id(parameter)]
 
 
-def _fill(parameter: nn.Parameter, part: Tensor, device: torch.device) -> nn.Parameter:
-    """The parameter with the values of this rank's part; a new one where it was on meta."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    if not local.is_meta:
-        local.copy_(part)
-        return parameter
-    # what was read may be a map of the file
-    part = part.to(device, copy=True)
-    if local is not parameter:
-        from torch.distributed.tensor import DTensor
+def _to_empty(model: nn.Module, device: torch.device) -> None:
+    """Memory for parameters on meta, without anything in it; ``nn.Module.to_empty`` alone would untie a head."""
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    model.to_empty(device=device)
+    if tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
 
-        spec = {"shape": parameter.shape, "stride": parameter.stride()}
-        part = DTensor.from_local(part, parameter.device_mesh, parameter.placements, run_check=False, **spec)
-    return nn.Parameter(part, requires_grad=parameter.requires_grad)
+
+def part_of(parameter: Tensor) -> Tensor:
+    """What of a parameter lies on this rank."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...] | None:
@@ -67,10 +61,11 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...] | None:
     mesh = parameter.device_mesh
     # the innermost dimension of the mesh is tensor parallelism
     for dim in reversed(range(mesh.ndim)):
-        placement = parameter.placements[dim]
-        if not placement.is_shard():
+        # of Shard, and of FSDP2's own kind that is strided
+        axis = getattr(parameter.placements[dim], "dim", None)
+        if axis is None:
             continue
-        axis, size = placement.dim, ends[placement.dim] - begins[placement.dim]
+        size = ends[axis] - begins[axis]
         each = -(-size // mesh.size(dim))
         begin = min(begins[axis] + each * mesh.get_local_rank(dim), ends[axis])
         begins[axis], ends[axis] = begin, min(begin + each, ends[axis])

@@ -1,12 +1,13 @@
 """The whole model: images placed among the tokens, head and loss, and Hugging Face's batches in and out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import ModelOutput
 
 from m3kernels.models.ministral3 import tokens as packing
@@ -98,14 +99,20 @@ class Ministral3(nn.Module):
         device: str | torch.device = "cpu",
         revision: str | None = None,
         token: str | bool | None = None,
+        mesh: DeviceMesh | None = None,
+        prepare: Callable[["Ministral3"], object] | None = None,
         progress: bool = False,
+        **sharding,
     ) -> "Ministral3":
         """Reads a Hugging Face checkpoint, or a native one: a local folder or a Hub id, in eval mode.
 
         Args:
             dtype: of the parameters; the checkpoint's own by default. FP8 weights are dequantised.
             device: where the parameters go, one after the other.
+            mesh: shards the model before a weight is read; each rank then reads its own part alone.
+            prepare: is called with the model before that, while it is on the meta device: to freeze or to patch it.
             progress: whether to show a bar.
+            sharding: options of ``parallelize``.
 
         Raises:
             CheckpointError: nothing is there, or tensors are missing, in excess, misshapen or unreadable.
@@ -118,7 +125,13 @@ class Ministral3(nn.Module):
         checkpoint.check()
         config = Config.from_hf(checkpoint.config, tied=checkpoint.tied)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config).to(dtype or checkpoint.float_dtype)
+        if prepare is not None:
+            prepare(model)
+        if mesh is not None:
+            from m3kernels.models.ministral3.parallelize import parallelize
+
+            parallelize(model, mesh, **sharding)
         load(model, checkpoint, dtype=dtype, device=device, progress=progress)
         return model.eval()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.models.ministral3.config import TextConfig
-from m3kernels.models.ministral3.layers import MLP, Linear, RMSNorm, SequenceAttention, rotate
+from m3kernels.models.ministral3.layers import MLP, Constant, Linear, RMSNorm, SequenceAttention, rotate
 from m3kernels.models.ministral3.tokens import Tokens
 from m3kernels.ops import rotary_table
 from m3kernels.parallel import all_gather_tokens, local, reduce_scatter_tokens, vocab_parallel_embedding
@@ -103,6 +103,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.inv_freq = Constant(config.rope.inv_freq(config.head_dim))
 
     def embed(self, ids_T: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
         """Embeddings of this rank's tokens, (t, D)."""
@@ -118,8 +119,7 @@ class LanguageModel(nn.Module):
         run: Callable = lambda layer, *inputs: layer(*inputs),
     ) -> Tensor:
         """Hidden states after the last norm, (t, D); ``run`` calls a layer, and may recompute it in the backward."""
-        inv_freq = self.config.rope.inv_freq(self.config.head_dim, x_tD.device)
-        table_TK = rotary_table(inv_freq, tokens.positions_T, self.config.rope.attention_factor)
+        table_TK = rotary_table(self.inv_freq.on(x_tD.device), tokens.positions_T, self.config.rope.attention_factor)
         step = Step(tokens, table_TK, cache, group)
         update_tD, residual_tD = x_tD, None
         for layer in self.layers:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from m3kernels.models.ministral3.config import VisionConfig
-from m3kernels.models.ministral3.layers import MLP, Linear, RMSNorm, SequenceAttention, Sequences, rotate
+from m3kernels.models.ministral3.layers import MLP, Constant, Linear, RMSNorm, SequenceAttention, Sequences, rotate
 from m3kernels.ops import rotary_2d_table
 from m3kernels.parallel import local
 
@@ -74,11 +74,12 @@ class VisionTower(nn.Module):
         self.patch_conv = PatchEmbedding(*shape)
         self.ln_pre = RMSNorm(config.hidden_size, EPS)
         self.transformer = VisionTransformer(config)
+        self.inv_freq = Constant(config.inv_freq())
 
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
         """(images, channels, height, width), each padded below and to the right, to (P, D)."""
         x_PD, _ = self.ln_pre(self.patch_conv(pixels, grids))
-        table_PK = rotary_2d_table(self.config.inv_freq(x_PD.device), places(grids, x_PD.device))
+        table_PK = rotary_2d_table(self.inv_freq.on(x_PD.device), places(grids, x_PD.device))
         lengths = tuple(rows * columns for rows, columns in grids)
         images = Sequences(lengths, (-1,) * len(grids), x_PD.device)
         for layer in self.transformer.layers[: self.config.feature_layer]:

@@ -1,0 +1,136 @@
+"""Sharding a model over a mesh: tensor parallelism by the table, FSDP2 over the batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from m3kernels.models.ministral3 import sharding
+from m3kernels.models.ministral3.model import Ministral3
+from m3kernels.parallel import ParallelError, group_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model runs.
+
+    Attributes:
+        mesh: dimensions "tp", "dp", and "dp_replicate" where whole groups of shards are repeated.
+        shards_vision: whether FSDP2 has parts of the vision tower, so that every rank must run it in every forward.
+    """
+
+    mesh: DeviceMesh
+    shards_vision: bool
+
+    @property
+    def tp_group(self) -> ProcessGroup | None:
+        """Ranks that share each layer, None for one."""
+        return group_of(self.mesh, "tp")
+
+    @property
+    def batch_group(self) -> ProcessGroup | None:
+        """Ranks that see different batches, None for one."""
+        if "dp_replicate" in self.mesh.mesh_dim_names:
+            return self.mesh["dp_replicate", "dp"]._flatten("batch").get_group()
+        return group_of(self.mesh, "dp")
+
+    def without_images(self, model: Ministral3, x_tD: Tensor) -> Tensor:
+        """``x_tD``, after running the tower on a blank image where other ranks wait for this one's part of its weights."""
+        if not self.shards_vision:
+            return x_tD
+        vision = model.config.vision
+        side = vision.spatial_merge_size
+        blank = x_tD.new_zeros(1, vision.num_channels, side * vision.patch_size, side * vision.patch_size)
+        return x_tD + 0 * model.model.image_features(blank, ((side, side),)).sum().to(x_tD.dtype)
+
+    def __deepcopy__(self, memo) -> "Layout":
+        return self
+
+
+def parallelize(
+    model: Ministral3,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> Ministral3:
+    """Shards a model in place, on the meta device or with weights that are the same on every rank.
+
+    Freeze and ``m3kernels.patch`` before. Gradients are summed over ranks, not averaged: the model divides its loss by
+    the supervised tokens of all of them.
+
+    Args:
+        mesh: from :func:`m3kernels.parallel.make_mesh`: ("dp", "tp"), or ("dp_replicate", "dp", "tp").
+        param_dtype: what FSDP2 gathers weights in; their own by default.
+        reduce_dtype: what FSDP2 sums gradients in; ``param_dtype`` by default.
+        reshard_after_forward: whether layers let go of gathered weights between forward and backward.
+
+    Returns:
+        The model. Parameters are DTensors over the whole mesh; frozen vision towers stay whole on every rank.
+
+    Raises:
+        ParallelError: a mesh without these dimensions, a size that tp does not divide, or a model sharded already.
+    """
+    names = mesh.mesh_dim_names or ()
+    if names not in (("dp", "tp"), ("dp_replicate", "dp", "tp")):
+        raise ParallelError(f"the mesh has dimensions {names}; allowed: those of m3kernels.parallel.make_mesh")
+    if model.layout is not None:
+        raise ParallelError("the model is sharded already: make a new one")
+    sharding.check(model.config, mesh["tp"].size())
+    batch = mesh["dp"] if "dp_replicate" not in names else mesh["dp_replicate", "dp"]
+
+    if mesh["tp"].size() > 1:
+        split_parameters(model, mesh["tp"])
+    shards_vision = False
+    if batch.size() > 1:
+        shards_vision = model.config.vision is not None and any(p.requires_grad for p in vision_parameters(model))
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+        _fully_shard(model, batch, shards_vision, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    model.layout = Layout(mesh, shards_vision)
+    return model
+
+
+def vision_parameters(model: Ministral3) -> list[nn.Parameter]:
+    """Of the tower and the projector."""
+    if model.config.vision is None:
+        return []
+    return [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+
+
+def split_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Every parameter as a DTensor on the tensor-parallel mesh, where the table says; nothing is sent."""
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters()):
+        dim = sharding.row_of(name).dim
+        placement = Replicate() if dim is None else Shard(dim)
+        split = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        if dim is not None and not split.is_meta:
+            # a part by itself lets go of the whole
+            split._local_tensor = split._local_tensor.clone()
+        made[id(parameter)] = nn.Parameter(split, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = made[id(parameter)]
+
+
+def _fully_shard(model: Ministral3, mesh: DeviceMesh, shards_vision: bool, **options) -> None:
+    """A unit for each layer, and one for what is left: embedding, head, last norm, projector."""
+    layers = list(model.model.language_model.layers)
+    whole = set()
+    if shards_vision:
+        layers += model.model.vision_tower.transformer.layers
+    else:
+        whole = set(vision_parameters(model))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options, ignored_params=whole)
+    for module in (*layers, model):
+        # gloo has no reduction that divides
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)

@@ -1,0 +1,93 @@
+"""The one table of how parameters are split over tensor-parallel ranks: sharding, loading, checks and the docs read it."""
+
+import fnmatch
+from dataclasses import dataclass
+
+from m3kernels.models.ministral3.config import Config
+from m3kernels.parallel import ParallelError
+
+TEXT = "model.language_model."
+LAYER = TEXT + "layers.*."
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters of one kind.
+
+    Attributes:
+        names: pattern of transformers' runtime names.
+        dim: which dimension is split, None for none.
+        divides: what has to be divisible by the ranks, and its size in a config; None where nothing is split.
+        reads, leaves: what comes in before the product, and what happens to its result.
+    """
+
+    names: str
+    dim: int | None
+    reads: str = ""
+    leaves: str = ""
+
+    @property
+    def placement(self) -> str:
+        """As DTensor has it."""
+        return "Replicate" if self.dim is None else f"Shard({self.dim})"
+
+    @property
+    def gradient(self) -> str:
+        """Where the gradient stands after the backward: every rank saw other tokens with a whole parameter."""
+        return "Partial" if self.dim is None else self.placement
+
+
+ROWS = (
+    Row(TEXT + "embed_tokens.weight", 0, "all ids", "reduce-scatter over tokens"),
+    Row(LAYER + "input_layernorm.weight", None, "this rank's tokens", "all-gather of tokens"),
+    Row(LAYER + "self_attn.[qkv]_proj.weight", 0, "all tokens", "this rank's heads"),
+    Row(LAYER + "self_attn.o_proj.weight", 1, "this rank's heads", "reduce-scatter over tokens"),
+    Row(LAYER + "post_attention_layernorm.weight", None, "this rank's tokens", "all-gather of tokens"),
+    Row(LAYER + "mlp.gate_proj.weight", 0, "all tokens", "this rank's part of F"),
+    Row(LAYER + "mlp.up_proj.weight", 0, "all tokens", "this rank's part of F"),
+    Row(LAYER + "mlp.down_proj.weight", 1, "this rank's part of F", "reduce-scatter over tokens"),
+    Row(TEXT + "norm.weight", None, "this rank's tokens", "all-gather of tokens"),
+    Row("lm_head.weight", 0, "all tokens", "this rank's part of the vocabulary, into the loss"),
+    Row("model.vision_tower.*", None, "all images", "each rank places the image tokens of its own slice"),
+    Row("model.multi_modal_projector.*", None, "all images", "each rank places the image tokens of its own slice"),
+)
+
+
+def row_of(name: str) -> Row:
+    """The row that a parameter belongs to.
+
+    Raises:
+        ParallelError: no row has it.
+    """
+    for row in ROWS:
+        if fnmatch.fnmatchcase(name, row.names):
+            return row
+    raise ParallelError(f"parameter {name} is in no row of the placement table: add one to sharding.ROWS")
+
+
+def check(config: Config, tp: int) -> None:
+    """Raises ParallelError where a size of the model does not divide, with what to do about it."""
+    text = config.text
+    kv = text.num_kv_heads
+    if kv % tp:
+        allowed = [n for n in range(1, kv + 1) if not kv % n]
+        raise ParallelError(
+            f"tp={tp} does not divide the {kv} key-value heads; allowed: {', '.join(map(str, allowed))}. "
+            "For more ranks raise dp instead"
+        )
+    if text.intermediate_size % tp:
+        raise ParallelError(f"tp={tp} does not divide intermediate_size {text.intermediate_size}: take a smaller tp")
+    if text.vocab_size % tp:
+        rows = -(-text.vocab_size // tp) * tp
+        raise ParallelError(
+            f"tp={tp} does not divide the vocabulary of {text.vocab_size}: pad it to {rows} rows (transformers' "
+            f"model.resize_token_embeddings(pad_to_multiple_of={tp})); `m3kernels convert export` strips them again"
+        )
+
+
+def table() -> str:
+    """The rows as Markdown, for the docs."""
+    lines = ["| parameter | placement on tp | gradient | reads | result |", "|---|---|---|---|---|"]
+    for row in ROWS:
+        lines.append(f"| `{row.names}` | {row.placement} | {row.gradient} | {row.reads} | {row.leaves} |")
+    return "\n".join(lines)

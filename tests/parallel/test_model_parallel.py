@@ -1,0 +1,85 @@
+"""The sharded model is the whole one: every layout against one process in fp64."""
+
+import itertools
+
+import model_jobs as jobs
+import pytest
+import torch
+from hf_folders import save
+from pool import run
+
+from models import FP64, assert_same, distance
+
+LAYOUTS = [(tp, dp) for tp, dp in itertools.product((1, 2, 4), (1, 2)) if tp * dp > 1]
+
+
+@pytest.mark.parametrize("kind, tied", [("text", True), ("vlm", False)])
+@pytest.mark.parametrize("tp, dp", LAYOUTS)
+def test_four_steps_of_adamw(kind, tied, tp, dp):
+    for one, many in run(tp * dp, jobs.train, kind, tied, tp, dp):
+        assert_same(many, one, FP64)
+
+
+def test_copies_of_shards():
+    for one, many in run(4, jobs.train, "vlm", False, 1, 2, 2):
+        assert_same(many, one, FP64)
+
+
+@pytest.mark.parametrize("freeze", ["vision_tower", "language_model", "layers", "multi_modal_projector"])
+@pytest.mark.parametrize("tp, dp", [(2, 1), (1, 2)])
+def test_frozen_parts(freeze, tp, dp):
+    for one, many in run(tp * dp, jobs.train, "vlm", False, tp, dp, 1, freeze):
+        assert_same(many, one, FP64)
+
+
+def test_a_whole_parameter_whose_gradient_is_not_summed_is_seen():
+    ((one, many), *_) = run(2, jobs.train, "vlm", False, 2, 1, 1, "", False, torch.float64, 1, True)
+    for name in ("layers.0.input_layernorm.weight", "layers.1.post_attention_layernorm.weight"):
+        name = f"grad model.language_model.{name}"
+        assert distance(many[name], one[name]) > 1e-2
+
+
+@pytest.mark.parametrize("size, tp, dp", [("3b", 1, 2), ("3b", 2, 2), ("14b", 4, 1), ("14b", 2, 2)])
+def test_weights_are_read_into_shards(tmp_path, size, tp, dp):
+    from m3kernels.models.ministral3 import Ministral3
+
+    folder = save(tmp_path / "hf", size, dtype=torch.float32, **jobs.TEXT)
+    one = Ministral3.from_pretrained(folder, dtype=torch.float64)
+    want = {name: p.detach() for name, p in one.named_parameters()}
+    batch = jobs.text_batch(one)
+    with torch.no_grad():
+        want["logits"] = one(input_ids=batch["input_ids"]).logits
+    parts = run(tp * dp, jobs.load_sharded, str(folder), tp, dp)
+    for state, here, total in parts:
+        assert_same(state, want, FP64)
+        assert total == sum(p.numel() for p in one.parameters())
+        # norms and vision are whole over tp
+        assert here <= total / dp
+
+
+@pytest.mark.parametrize("saved, loaded", [((2, 2), (1, 2)), ((2, 1), (4, 1)), ((1, 2), (2, 2))])
+def test_checkpoints_load_in_another_layout(tmp_path, saved, loaded):
+    folder = str(save(tmp_path / "hf", "3b", dtype=torch.float32, **jobs.TEXT))
+    run(saved[0] * saved[1], jobs.save_dcp, folder, str(tmp_path / "dcp"), *saved)
+    want, _, _ = run(2, jobs.load_sharded, folder, 2, 1)[0]
+    want.pop("logits")
+    for state in run(loaded[0] * loaded[1], jobs.load_dcp, folder, str(tmp_path / "dcp"), *loaded):
+        assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_caches(tp):
+    for whole, parts in run(tp, jobs.cached, tp):
+        assert distance(parts, whole) <= FP64
+
+
+@pytest.mark.parametrize(
+    "tp, text, message",
+    [
+        (8, {}, "tp=8 does not divide the 4 key-value heads; allowed: 1, 2, 4"),
+        (4, {"vocab_size": 151}, "pad it to 152 rows"),
+        (4, {"intermediate_size": 82}, "intermediate_size 82"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(tp, text, message):
+    assert message in run(tp, jobs.errors, tp, text)[0]
