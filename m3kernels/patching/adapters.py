@@ -70,7 +70,8 @@ def why_not(layer: nn.Module, x: Tensor | None = None) -> str:
     """Why a layer's adapters run PEFT's forward, or an empty string; ``x``: the input of a call."""
     names, base = _active(layer), layer.base_layer
     # a head that computes the loss is a linear layer otherwise
-    if getattr(type(base), "_m3k_original", type(base)) is not nn.Linear and not fp8.is_fp8_linear(base):
+    plain = getattr(type(base), "_m3k_original", type(base)) is nn.Linear or getattr(base, "is_plain_linear", False)
+    if not plain and not fp8.is_fp8_linear(base):
         return f"the base layer is {type(base).__module__}.{type(base).__name__}"
     if getattr(layer, "fan_in_fan_out", False):
         return "fan_in_fan_out"

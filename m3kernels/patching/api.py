@@ -89,8 +89,8 @@ def _parts(base: nn.Module) -> dict[int, str]:
     return {
         id(inner): part
         for module in base.modules()
-        for part, owner in PARTS.items()
-        if any((c.__module__, c.__name__) == owner for c in type(module).__mro__)
+        for part, owners in PARTS.items()
+        if any((c.__module__, c.__name__) in owners for c in type(module).__mro__)
         for inner in module.modules()
     }
 
@@ -191,7 +191,7 @@ def patch(
     adapters: str | Iterable[str] = ("text", "vision", "projector"),
     strict: bool = True,
 ) -> PatchReport:
-    """Give a Hugging Face Ministral 3 model fused forwards, in place; results stay those of the unpatched model.
+    """Give a Ministral 3 model, Hugging Face's or our own, fused forwards, in place; results stay those of the unpatched model.
 
     Only this instance changes: its modules get subclasses of their own classes. Saving, loading, PEFT, Trainer, generate,
     gradient checkpointing and ``torch.compile`` work as before. On CUDA the Triton kernels run, elsewhere the plain
@@ -200,7 +200,7 @@ def patch(
 
     Args:
         model: ``Ministral3ForCausalLM``, ``Mistral3ForConditionalGeneration``, one of their inner models or heads, or
-            any of these inside PEFT, DDP or ``torch.compile`` wrappers.
+            any of these inside PEFT, DDP or ``torch.compile`` wrappers; or ``m3kernels.models.ministral3.Ministral3``.
         ops: "all", or any of "rms_norm", "add_rms_norm", "rotary", "rotary_2d", "attention", "swiglu",
             "fp8_linear" (transformers' FP8 layers, as its dequantised ones compute), "lora_linear" (PEFT's LoRA and DoRA
             layers, those too that are made after patching), "linear_cross_entropy".
@@ -244,6 +244,7 @@ def patch(
             skipped.append(Skip(rule.op, name, reason))
         else:
             fuse(module, rule.forward)
+            rule.prepare(module)
             counts[rule.op] += 1
     taking = (*PROJECTING, "linear_cross_entropy") if "lora_linear" in chosen else ("linear_cross_entropy",)
     for module in base.modules():
@@ -254,7 +255,10 @@ def patch(
         switching, keeping = _attention_modules(base)
         switch_attention([module for _, module in switching])
         skipped += keeping
-        counts["attention"] = sum(map(is_switched, base.modules()))
+        ours = ("native_attention",)
+        counts["attention"] = sum(
+            is_switched(m) or getattr(type(m), "_m3k_forward", "") in ours for m in base.modules()
+        )
         described = _describe_attention(base)
     return PatchReport(
         model=model,

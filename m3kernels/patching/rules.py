@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from m3kernels.patching import adapters, fp8, loss, vision
+from m3kernels.patching import adapters, fp8, loss, native, vision
 from m3kernels.patching.classes import FORWARDS
 from m3kernels.patching.text import is_silu
 
@@ -31,6 +31,7 @@ class Rule:
         attributes: the module must have them.
         parameters: its forward must have them; ``new|old`` where releases differ in the name.
         why_not: reason why one module's configuration does not fit, or an empty string.
+        prepare: is called with a module that was fused.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Rule:
     attributes: tuple[str, ...]
     parameters: tuple[str, ...]
     why_not: Callable[[nn.Module], str] = _always
+    prepare: Callable[[nn.Module], object] = _always
 
     def mismatch(self, module: nn.Module) -> str:
         """How the class differs from what the rule was written for; empty when it does not."""
@@ -65,6 +67,7 @@ ROTARY = {"attributes": ("inv_freq", "attention_scaling"), "parameters": ("x", "
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "config")
 LAYER = ("hidden_states", "attention_mask", "position_embeddings")
 CACHE = "cache|past_key_values"
+NATIVE = ("q_proj", "k_proj", "v_proj", "o_proj", "core", "config")
 
 RULES = (
     Rule("rms_norm", TEXT, "Ministral3RMSNorm", "rms_norm", **NORM),
@@ -135,18 +138,48 @@ RULES = (
         )
         for source, name in ((TEXT, "Ministral3ForCausalLM"), (MULTIMODAL, "Mistral3ForConditionalGeneration"))
     ),
+    Rule("rms_norm", native.LAYERS, "RMSNorm", "native_rms_norm", ("weight", "eps"), ("x", "update")),
+    Rule("rotary", native.TEXT, "Attention", "native_rotary", NATIVE, ("step",), prepare=native.side_by_side_attention),
+    Rule(
+        "rotary_2d",
+        native.VISION,
+        "VisionAttention",
+        "native_rotary_2d",
+        NATIVE,
+        ("table_PK", "images"),
+        prepare=native.side_by_side_attention,
+    ),
+    Rule(
+        "attention",
+        native.LAYERS,
+        "SequenceAttention",
+        "native_attention",
+        ("causal", "window", "dropout", "layer"),
+        ("q_THK", "k_TGK", "v_TGK", "sequences", "cache"),
+    ),
+    Rule(
+        "swiglu",
+        native.LAYERS,
+        "MLP",
+        "native_swiglu",
+        MLP["attributes"],
+        ("x_TD",),
+        _needs_silu,
+        native.side_by_side_mlp,
+    ),
+    Rule("linear_cross_entropy", native.ROOT[0], "Head", "native_head", ("weight",), ("x_TD", "labels_T")),
 )
 
 OPS = tuple(dict.fromkeys(rule.op for rule in RULES))
 
 # forwards whose projections' adapters are taken together
-PROJECTING = ("rotary", "rotary_2d", "swiglu")
+PROJECTING = ("rotary", "rotary_2d", "swiglu", "native_rotary", "native_rotary_2d", "native_swiglu")
 
 # parts that adapters are chosen by, and what is whose module; all others are the text model's
 PARTS = {
-    "text": None,
-    "vision": (VISION, "PixtralVisionModel"),
-    "projector": (MULTIMODAL, "Mistral3MultiModalProjector"),
+    "text": (),
+    "vision": ((VISION, "PixtralVisionModel"), (native.VISION, "VisionTower")),
+    "projector": ((MULTIMODAL, "Mistral3MultiModalProjector"), (native.VISION, "Projector")),
 }
 
 # whose config's attention implementation becomes ours; rotary and rotary_2d give them their forwards
@@ -163,6 +196,7 @@ ROOTS = {
     ),
     MULTIMODAL: ("Mistral3ForConditionalGeneration", "Mistral3Model"),
     VISION: ("PixtralVisionModel",),
+    native.ROOT[0]: (native.ROOT[1],),
 }
 
 assert all(rule.forward in FORWARDS for rule in RULES) and vision

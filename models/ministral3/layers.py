@@ -20,6 +20,8 @@ from m3kernels.parallel import local
 class Linear(nn.Linear):
     """``x @ weight.T``, on this rank's part of a sharded weight."""
 
+    is_plain_linear = True  # adapters and joint products may take its weight for what it computes
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
 

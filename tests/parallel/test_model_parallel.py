@@ -8,7 +8,7 @@ import torch
 from hf_folders import save
 from pool import run
 
-from models import FP64, assert_same, distance
+from models import FP32, FP64, assert_same, distance
 
 LAYOUTS = [(tp, dp) for tp, dp in itertools.product((1, 2, 4), (1, 2)) if tp * dp > 1]
 
@@ -30,6 +30,14 @@ def test_copies_of_shards():
 def test_frozen_parts(freeze, tp, dp):
     for one, many in run(tp * dp, jobs.train, "vlm", False, tp, dp, 1, freeze):
         assert_same(many, one, FP64)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tp, dp", [(2, 1), (2, 2)])
+def test_with_kernels(tp, dp):
+    """In the interpreter, or by the references; on the CPU in fp32, where rounding of other orders of sums is left."""
+    for one, many in run(tp * dp, jobs.train, "vlm", False, tp, dp, 1, "", True, torch.float32, 2, timeout_s=300):
+        assert_same(many, one, 4 * FP32)
 
 
 def test_a_whole_parameter_whose_gradient_is_not_summed_is_seen():

@@ -1,0 +1,93 @@
+"""Several projections of one input as one matrix product, while each keeps its own parameter under its own name.
+
+Their weights are laid side by side in one buffer, of which the parameters are views: state dicts, optimizers and adapters see
+what they always saw. Where the weights have come apart (a copy, a cast, FSDP's own buffers), each has its product again.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from m3kernels.patching.classes import has_hooks, is_plain
+
+
+def lay_side_by_side(*layers: nn.Linear) -> None:
+    """Moves the weights of layers into one buffer, in place; nothing where they cannot be or are there already."""
+    weights = [layer.weight for layer in layers]
+    kinds = {(w.dtype, w.device, w.shape[1:]) for w in weights}
+    if len(kinds) > 1 or not all(map(is_plain, weights)) or weights[0].is_meta or _whole(weights) is not None:
+        return
+    buffer = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, buffer.split([w.shape[0] for w in weights])):
+        weight.data = part
+
+
+def _whole(weights: list[Tensor] | tuple[Tensor, ...]) -> Tensor | None:
+    """The (sum of rows, columns) tensor that weights are the parts of, or None where they are no neighbours."""
+    first, end = weights[0], 0
+    for weight in weights:
+        if not (weight.is_contiguous() and weight.dtype == first.dtype and weight.device == first.device):
+            return None
+        if end and weight.data_ptr() != end:
+            return None
+        end = weight.data_ptr() + weight.nbytes
+    rows, storage = sum(w.shape[0] for w in weights), first.untyped_storage()
+    # neighbours by chance are of two allocations
+    if end > storage.data_ptr() + storage.nbytes():
+        return None
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+def whole_weight(x: Tensor, *layers: nn.Module) -> Tensor | None:
+    """One weight for all layers, or None where a call needs each by itself: biases, adapters, hooks, autocast, shards."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return None
+    for layer in layers:
+        if not getattr(layer, "is_plain_linear", False) or layer.bias is not None or has_hooks(layer):
+            return None
+        if not is_plain(layer.weight) or layer.weight.dtype != x.dtype:
+            return None
+    return _whole([layer.weight for layer in layers])
+
+
+class _JointLinear(torch.autograd.Function):
+    """``x @ whole.T`` with a gradient for each part of the whole weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, whole: Tensor, split: bool, *weights: Tensor):
+        ctx.save_for_backward(x, whole)
+        ctx.sizes, ctx.split = [w.shape[0] for w in weights], split
+        y = F.linear(x, whole)
+        return y.split(ctx.sizes, dim=-1) if split else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys: Tensor):
+        x, whole = ctx.saved_tensors
+        needs_dx, needs_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
+        if not ctx.split:
+            dy = dys[0].flatten(0, -2)
+            dx = (dy @ whole).view(x.shape) if needs_dx else None
+            dws = (dy.t() @ x.flatten(0, -2)).split(ctx.sizes) if needs_dw else [None] * len(ctx.sizes)
+            return dx, None, None, *dws
+        dx, dws, rows = None, [], x.flatten(0, -2)
+        for dy, weight, needs in zip(dys, whole.split(ctx.sizes), ctx.needs_input_grad[3:]):
+            dy = dy.flatten(0, -2)
+            if needs_dx:
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            dws.append(dy.t() @ rows if needs else None)
+        return None if dx is None else dx.view(x.shape), None, None, *dws
+
+
+def joint_linear(x: Tensor, whole: Tensor, *layers: nn.Linear, split: bool) -> Tensor | tuple[Tensor, ...]:
+    """The layers' outputs side by side, (..., sum of rows), or each as a view of that.
+
+    The backward takes them apart where the gradients come apart (q, k, v), and is one product each for input and weights
+    where they come as one (gate and up out of SwiGLU).
+    """
+    weights = [layer.weight for layer in layers]
+    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+        return _JointLinear.apply(x, whole, split, *weights)
+    y = F.linear(x, whole)
+    return y.split([w.shape[0] for w in weights], dim=-1) if split else y

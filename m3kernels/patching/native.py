@@ -1,0 +1,125 @@
+"""Fused forwards of our own Ministral 3 (``m3kernels.models.ministral3``), whole or sharded."""
+
+import torch
+from torch import Tensor, nn
+
+from m3kernels.ops import (
+    add_rms_norm,
+    attention,
+    attention_decode,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+    rotary_2d,
+    swiglu,
+)
+from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
+from m3kernels.ops.attention_decode import MAX_NEW_TOKENS
+from m3kernels.parallel import local
+from m3kernels.patching.adapters import project
+from m3kernels.patching.classes import fused_forward, note_fallback, original_forward
+from m3kernels.patching.joint import joint_linear, lay_side_by_side, whole_weight
+
+LAYERS, TEXT, VISION = (f"m3kernels.models.ministral3.{part}" for part in ("layers", "text", "vision"))
+ROOT = ("m3kernels.models.ministral3.model", "Ministral3")
+
+
+@fused_forward("native_rms_norm")
+def rms_norm_forward(self: nn.Module, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    weight = local(self.weight)
+    return (rms_norm(x, weight, self.eps), x) if update is None else add_rms_norm(x, update, weight, self.eps)
+
+
+@fused_forward("native_swiglu")
+def mlp_forward(self: nn.Module, x_TD: Tensor) -> Tensor:
+    whole = whole_weight(x_TD, self.gate_proj, self.up_proj)
+    if whole is not None:
+        h_TF = swiglu(joint_linear(x_TD, whole, self.gate_proj, self.up_proj, split=False))
+    else:
+        h_TF = swiglu(*project(self, x_TD, self.gate_proj, self.up_proj))
+    (y_TD,) = project(self, h_TF, self.down_proj)
+    return y_TD
+
+
+def side_by_side_mlp(mlp: nn.Module) -> None:
+    lay_side_by_side(mlp.gate_proj, mlp.up_proj)
+
+
+def _heads(self: nn.Module, x_TD: Tensor) -> list[Tensor]:
+    """q, k and v, each (1, heads, T, K) over (T, heads, K) memory, as the ops take them."""
+    layers = (self.q_proj, self.k_proj, self.v_proj)
+    whole = whole_weight(x_TD, *layers)
+    together = joint_linear(x_TD, whole, *layers, split=True) if whole is not None else project(self, x_TD, *layers)
+    return [y.unflatten(-1, (-1, self.config.head_dim))[None].transpose(1, 2) for y in together]
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    return x[0].transpose(0, 1)
+
+
+def side_by_side_attention(module: nn.Module) -> None:
+    lay_side_by_side(module.q_proj, module.k_proj, module.v_proj)
+
+
+@fused_forward("native_rotary")
+def attention_forward(self: nn.Module, x_TD: Tensor, step) -> Tensor:
+    q, k, v = _heads(self, x_TD)
+    q, k = rotary(q, k, step.table_TK[None], step.tokens.positions_T[None], self.config.rope.llama4)
+    out_THK = self.core(*map(_tokens_first, (q, k, v)), step.tokens.sequences, step.cache)
+    (y_TD,) = project(self, out_THK.flatten(1), self.o_proj)
+    return y_TD
+
+
+@fused_forward("native_rotary_2d")
+def vision_attention_forward(self: nn.Module, x_PD: Tensor, table_PK: Tensor, images) -> Tensor:
+    q, k, v = _heads(self, x_PD)
+    q, k = rotary_2d(q, k, table_PK)
+    (y_PD,) = project(self, self.core(*map(_tokens_first, (q, k, v)), images).flatten(1), self.o_proj)
+    return y_PD
+
+
+@fused_forward("native_attention")
+def sequences_forward(self: nn.Module, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, sequences, cache=None) -> Tensor:
+    reason = why_no_triton(q_THK.device.type) or _why_not(self, q_THK)
+    if reason:
+        if q_THK.device.type == "cuda":
+            note_fallback("attention", reason)
+        return original_forward(self)(self, q_THK, k_TGK, v_TGK, sequences, cache)
+    if cache is not None:
+        return _cached(self, q_THK, *cache.update(self.layer, k_TGK, v_TGK), sequences, cache)
+    packed = {}
+    if len(sequences.lengths) > 1:
+        longest = max(sequences.lengths)
+        packed = {"cu_seqlens_q": sequences.cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
+    return _tokens_first(attention(q, k, v, causal=self.causal, window=self.window, **packed))
+
+
+def _why_not(self: nn.Module, q: Tensor) -> str:
+    if q.dtype not in TRITON_DTYPES:
+        return f"{q.dtype}"
+    return "attention dropout" if self.dropout and self.training else ""
+
+
+def _cached(self: nn.Module, q_THK: Tensor, keys: Tensor, values: Tensor, sequences, cache) -> Tensor:
+    """Queries over what the cache holds: the decode kernel for a few tokens of each row, packed attention for more."""
+    lengths, rows = sequences.lengths, sequences.rows
+    filled = [cache.lengths[row] + n if row >= 0 else 0 for row, n in zip(rows, lengths)]
+    if len(set(lengths)) == 1 and lengths[0] <= MAX_NEW_TOKENS and rows == tuple(range(len(keys))):
+        q = q_THK.unflatten(0, (len(rows), lengths[0])).transpose(1, 2)
+        held = torch.tensor(filled, dtype=torch.int32, device=q.device)
+        with torch.no_grad():
+            return attention_decode(q, keys, values, held, window=self.window).transpose(1, 2).flatten(0, 1)
+    k, v = (torch.cat([held[row, :, :n] for row, n in zip(rows, filled)], dim=1)[None] for held in (keys, values))
+    bounds = torch.tensor([0, *filled]).cumsum(0).to(q_THK.device, torch.int32)
+    packed = {"cu_seqlens_q": sequences.cu_seqlens, "cu_seqlens_k": bounds}
+    longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(filled)}
+    q = q_THK.transpose(0, 1)[None]
+    return _tokens_first(attention(q, k, v, causal=True, window=self.window, **packed, **longest))
+
+
+@fused_forward("native_head", lambda original: {"computes_loss": True})
+def head_forward(self: nn.Module, x_TD: Tensor, labels_T: Tensor | None = None) -> Tensor:
+    if labels_T is None:
+        return original_forward(self)(self, x_TD)
+    return linear_cross_entropy(x_TD, local(self.weight), labels_T, reduction="sum")
