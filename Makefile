@@ -21,7 +21,7 @@ demo: $(STAMP)-demo
 	$(PY) -m m3kernels.cli demo $(ARGS)
 
 # what runs kernels, and is therefore interpreted where there is no GPU
-KERNELS := tests/ops tests/parallel/test_cross_entropy.py
+KERNELS := tests/ops tests/parallel/test_cross_entropy.py tests/parallel/test_sharding_rules.py
 
 # kernels run in Triton's interpreter where there is no GPU; the rest of the suite takes the plain PyTorch references
 test: $(STAMP)-test

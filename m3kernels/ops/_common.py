@@ -13,6 +13,10 @@ BACKENDS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# ops that DTensors may go through; m3kernels.parallel adds those whose sharding it registers
+sharded_ops: set[str] = set()
+
+
 class KernelLaunchError(RuntimeError):
     """A Triton kernel failed to compile or to launch; the message names the op and the shapes."""
 
@@ -25,7 +29,8 @@ def use_triton(op: str, backend: str, *tensors: Tensor, inductor_fuses: bool = F
 
     Raises:
         ValueError: unknown backend, tensors on different devices, or ``triton`` asked for where it cannot run.
-        TypeError: a tensor that is not floating point, or a DTensor.
+        TypeError: a tensor that is not floating point; a DTensor where the op's sharding is not registered, or beside
+            plain tensors.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
@@ -39,7 +44,7 @@ def use_triton(op: str, backend: str, *tensors: Tensor, inductor_fuses: bool = F
                 f"{op}: needs floating-point tensors of 16 bits or more, got {t.dtype}; dequantise it first"
             )
         if type(t).__name__ == "DTensor":
-            raise TypeError(f"{op}: DTensor is not supported; pass the local shard (tensor.to_local())")
+            check_dtensors(op, *tensors)
     if backend == "reference":
         return False
     if backend == "auto" and inductor_fuses and torch.compiler.is_compiling() and not torch.is_grad_enabled():
@@ -50,6 +55,25 @@ def use_triton(op: str, backend: str, *tensors: Tensor, inductor_fuses: bool = F
     if backend == "triton" and why_not:
         raise ValueError(f"{op}: backend='triton' cannot run here: {why_not}; use backend='auto' or 'reference'")
     return not why_not
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """By name: the module of DTensor is not imported where nobody uses one."""
+    return type(t).__name__ == "DTensor"
+
+
+def check_dtensors(op: str, *tensors: Tensor) -> None:
+    """Refuses DTensors that ``op`` has no sharding for, and those beside plain tensors."""
+    if op not in sharded_ops:
+        raise TypeError(
+            f"{op}: DTensor is not supported; pass the local shard (tensor.to_local()). "
+            "import m3kernels.parallel registers how rms_norm, add_rms_norm, rotary, rotary_2d and swiglu are sharded"
+        )
+    if not all(map(is_dtensor, tensors)):
+        raise TypeError(
+            f"{op}: DTensors and plain tensors do not mix; distribute the plain ones: "
+            "distribute_tensor(t, mesh, [Replicate()])"
+        )
 
 
 def cdiv(a: int, b: int) -> int:
@@ -198,7 +222,8 @@ def fused_op(
     """One differentiable op out of two launchers, reached with little overhead in eager mode and traceable in compiled mode.
 
     ``torch.library`` dispatch costs about 60 us a call, so eager calls go straight to an ``autograd.Function``; under
-    ``torch.compile`` the same launchers are reached as ``torch.ops.m3kernels.<name>`` and ``<name>_backward``.
+    ``torch.compile``, and with DTensors, the same launchers are reached as ``torch.ops.m3kernels.<name>`` and
+    ``<name>_backward``.
 
     Args:
         forward, backward: launchers with annotated signatures; they return new tensors, several of them as a tuple or
@@ -239,7 +264,8 @@ def fused_op(
     Eager.__name__ = Eager.__qualname__ = name
 
     def call(*inputs):
-        if torch.compiler.is_compiling():
+        # of DTensors all tensors are, or check_dtensors has refused them
+        if torch.compiler.is_compiling() or is_dtensor(inputs[0]):
             return registered(*inputs)
         return Eager.apply(*inputs) if _records() else forward(*inputs)
 

@@ -213,9 +213,12 @@ def _launch_forward(
 
 
 def _backward(
-    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dweight: bool
+    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dweight: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns (dx, dweight); ``dweight`` is empty when it is not needed."""
+    """Returns (dx, dweight); ``dweight`` is empty when it is not needed.
+
+    ``needs_dweight`` is a bool by meaning: of the arguments that are no tensors, DTensor tells calls apart by integers alone.
+    """
     dx, dweight = _backward_fake(dy, dsummed, x, weight, rstd, needs_dweight)
     rows, width = rstd.numel(), x.shape[-1]
     if rows == 0 or width == 0:
@@ -244,7 +247,7 @@ def _backward(
         ROWS=config.rows,
         STAGES=config.stages,
         HAS_DSUMMED=dsummed is not None,
-        NEEDS_DWEIGHT=needs_dweight,
+        NEEDS_DWEIGHT=bool(needs_dweight),
         num_warps=config.warps,
     )
     if needs_dweight:
@@ -265,7 +268,7 @@ def _backward(
 
 
 def _backward_fake(
-    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dweight: bool
+    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dweight: int
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape if needs_dweight else (0,))
 
@@ -366,7 +369,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
 
     Raises:
         ValueError: shapes that do not fit, a width over 65,536, tensors on different devices.
-        TypeError: tensors that are not floating point, or DTensors.
+        TypeError: tensors that are not floating point; DTensors without :mod:`m3kernels.parallel.sharding_rules`.
     """
     triton_runs = use_triton("rms_norm", backend, x, weight, inductor_fuses=True)
     _check("rms_norm", x, weight, widest=MAX_WIDTH if triton_runs else None)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import fused_op, launch, next_power_of_2, use_triton
+from m3kernels.ops._common import check_dtensors, fused_op, is_dtensor, launch, next_power_of_2, use_triton
 from m3kernels.ops._triton import tl, triton
 
 MAX_HEAD_DIM = 512
@@ -346,7 +346,8 @@ def rotary(
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
-        TypeError: positions that are not integers; q or k not floating point.
+        TypeError: positions that are not integers; q or k not floating point; DTensors without
+            :mod:`m3kernels.parallel.sharding_rules`.
         IndexError: a position beyond a table that is looked up (on CUDA a device-side assertion, as in indexing).
     """
     _check_heads("rotary", q, k)
@@ -368,6 +369,8 @@ def rotary(
     runs = use_triton("rotary", backend, q, k, cos, sin, inductor_fuses=True)
     if positions.device != q.device:
         raise ValueError(f"rotary: positions are on {positions.device}, q on {q.device}; move them together")
+    if is_dtensor(q) or is_dtensor(positions):
+        check_dtensors("rotary", q, positions)
     if by_position:
         _check_positions(positions, cos.shape[0])
     if not runs:
@@ -378,6 +381,7 @@ def rotary(
 
 def _check_positions(positions: Tensor, rows: int) -> None:
     """On CUDA an asynchronous assertion: no synchronisation for a check that usually passes."""
+    positions = positions.to_local() if is_dtensor(positions) else positions
     inside = ((positions >= 0) & (positions < rows)).all()
     message = f"rotary: a position lies outside the table of {rows} rows"
     if positions.is_cuda or torch.compiler.is_compiling():

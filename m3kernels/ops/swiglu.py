@@ -151,7 +151,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
 
     Raises:
         ValueError: shapes or dtypes of gate and up that differ, an odd last dimension of a fused tensor, mixed devices.
-        TypeError: tensors that are not floating point, or DTensors.
+        TypeError: tensors that are not floating point; DTensors without :mod:`m3kernels.parallel.sharding_rules`.
     """
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:

@@ -1,5 +1,9 @@
-"""Parts of a parallel model that know no model: the mesh, the collectives, and what is sharded over the vocabulary."""
+"""Parts of a parallel model that know no model: the mesh, the collectives, and what is sharded over the vocabulary.
 
+Importing this registers how the ops are sharded for models of DTensors (:mod:`m3kernels.parallel.sharding_rules`).
+"""
+
+from m3kernels.parallel import sharding_rules
 from m3kernels.parallel.collectives import (
     all_gather_tokens,
     all_reduce_max,
@@ -29,3 +33,5 @@ __all__ = [
     "vocab_parallel_embedding",
     "vocab_parallel_linear_cross_entropy",
 ]
+
+sharding_rules.register()

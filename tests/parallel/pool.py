@@ -61,6 +61,7 @@ class Pool:
             What the first rank to fail raised, with that rank's traceback (and those of others) as its cause.
             TimeoutError: not all ranks were done in time; the message shows where they were. They are killed.
         """
+        __tracebackhide__ = True  # pytest shows the rank's lines instead
         workers = self._first(world_size)
         self._jobs += 1
         store = str(Path(self._folder.name) / f"store-{self._jobs}")
@@ -211,6 +212,7 @@ _pool: Pool | None = None
 
 def run(world_size: int, function: Callable, *args, timeout_s: float = 60.0, backend: str = "gloo") -> list:
     """:meth:`Pool.run` on the pool of this process."""
+    __tracebackhide__ = True
     global _pool
     if _pool is None:
         _pool = Pool()
