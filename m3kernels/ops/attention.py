@@ -21,6 +21,7 @@ from torch import Tensor
 from m3kernels.ops._attention_backends import BACKENDS, choose
 from m3kernels.ops._attention_triton import MAX_HEAD_DIM, Problem, like
 from m3kernels.ops._common import fused_op, use_triton
+from m3kernels.ops._recompute import kept_or
 
 
 def _problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic) -> Problem:
@@ -49,7 +50,7 @@ def _forward(
         out, lse = _forward_fake(q, k, v)
         return out.zero_(), lse.fill_(-float("inf"))
     problem = _problem(cu_q, cu_k, ranges, longest_q, longest_k, causal, window, scale, deterministic)
-    return choose("forward", backend, q, k, problem).forward(q, k, v, problem)
+    return kept_or(lambda: choose("forward", backend, q, k, problem).forward(q, k, v, problem))
 
 
 def _forward_fake(q, k, v, *_):

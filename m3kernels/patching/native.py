@@ -14,6 +14,7 @@ from m3kernels.ops import (
     swiglu,
 )
 from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
+from m3kernels.ops._recompute import forget
 from m3kernels.ops.attention_decode import MAX_NEW_TOKENS
 from m3kernels.parallel import local
 from m3kernels.patching.adapters import project
@@ -34,9 +35,10 @@ def rms_norm_forward(self: nn.Module, x: Tensor, update: Tensor | None = None) -
 def mlp_forward(self: nn.Module, x_TD: Tensor) -> Tensor:
     whole = whole_weight(x_TD, self.gate_proj, self.up_proj)
     if whole is not None:
-        h_TF = swiglu(joint_linear(x_TD, whole, self.gate_proj, self.up_proj, split=False))
+        gate_up = (joint_linear(x_TD, whole, self.gate_proj, self.up_proj, split=False),)
     else:
-        h_TF = swiglu(*project(self, x_TD, self.gate_proj, self.up_proj))
+        gate_up = project(self, x_TD, self.gate_proj, self.up_proj)
+    h_TF = forget(swiglu(*gate_up), lambda: swiglu(*gate_up))
     (y_TD,) = project(self, h_TF, self.down_proj)
     return y_TD
 
@@ -48,9 +50,14 @@ def side_by_side_mlp(mlp: nn.Module) -> None:
 def _heads(self: nn.Module, x_TD: Tensor) -> list[Tensor]:
     """q, k and v, each (1, heads, T, K) over (T, heads, K) memory, as the ops take them."""
     layers = (self.q_proj, self.k_proj, self.v_proj)
-    whole = whole_weight(x_TD, *layers)
-    together = joint_linear(x_TD, whole, *layers, split=True) if whole is not None else project(self, x_TD, *layers)
-    return [y.unflatten(-1, (-1, self.config.head_dim))[None].transpose(1, 2) for y in together]
+    # v is kept for the backward, q and k before their rotation are not: apart they go, a view of one product would stay
+    joint = layers[:2] if torch.is_grad_enabled() else layers
+    whole = whole_weight(x_TD, *joint)
+    if whole is None:
+        ys = project(self, x_TD, *layers)
+    else:
+        ys = [*joint_linear(x_TD, whole, *joint, split=True), *(layer(x_TD) for layer in layers[len(joint) :])]
+    return [y.unflatten(-1, (-1, self.config.head_dim))[None].transpose(1, 2) for y in ys]
 
 
 def _tokens_first(x: Tensor) -> Tensor:

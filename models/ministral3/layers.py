@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from m3kernels.models.ministral3.cache import KVCache
+from m3kernels.ops._recompute import forget
 from m3kernels.ops.attention import visible
 from m3kernels.parallel import local
 
@@ -57,7 +58,9 @@ class MLP(nn.Module):
         self.act_fn = ACT2FN[activation]
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
+        h_TF = forget(self.act_fn(gate_TF) * up_TF, lambda: self.act_fn(gate_TF) * up_TF)
+        return self.down_proj(h_TF)
 
 
 class Constant:

@@ -86,7 +86,6 @@ class Ministral3(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
         self.layout = None  # set by parallelize
-        self.run = call  # how a decoder layer is called; set by recompute
         if not self.lm_head.weight.is_meta:
             self.init_weights()
 
@@ -244,7 +243,7 @@ class Ministral3(nn.Module):
             cache.begin(tokens.sequences.rows, tokens.sequences.lengths, tokens.ids_T.device)
         x_tD = self.model.language_model.embed(tokens.ids_T, group)
         x_tD = self.place_images(x_tD, tokens.ids_T, pixels, image_sizes, group)
-        return self.model.language_model(x_tD, tokens, cache, group, self.run)
+        return self.model.language_model(x_tD, tokens, cache, group)
 
     def place_images(
         self,
@@ -320,8 +319,3 @@ class Ministral3(nn.Module):
         if self.layout is not None:
             total = all_reduce_sum(total, self.layout.batch_group)
         return total / num_items
-
-
-def call(layer: nn.Module, *inputs):
-    """Runs a decoder layer, keeping what its backward needs."""
-    return layer(*inputs)

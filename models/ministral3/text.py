@@ -1,6 +1,5 @@
 """The language model: grouped-query attention with YaRN and the Llama-4 query scale, SwiGLU, over packed tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +8,10 @@ from torch import Tensor, nn
 from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.models.ministral3.config import TextConfig
 from m3kernels.models.ministral3.layers import MLP, Constant, Linear, RMSNorm, SequenceAttention, rotate
+from m3kernels.models.ministral3.recompute import RUN
 from m3kernels.models.ministral3.tokens import Tokens
 from m3kernels.ops import rotary_table
+from m3kernels.ops._recompute import forget
 from m3kernels.parallel import all_gather_tokens, local, reduce_scatter_tokens, vocab_parallel_embedding
 
 
@@ -76,15 +77,21 @@ class DecoderLayer(nn.Module):
 
     def forward(self, update_tD: Tensor, residual_tD: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """(update, residual), whose sum is the layer's output; ``residual`` None stands for zero."""
-        h_tD, residual_tD = self.input_layernorm(update_tD, residual_tD)
-        h_TD = all_gather_tokens(h_tD, step.group)
+        h_TD, residual_tD = self.normed(self.input_layernorm, update_tD, residual_tD, step)
         update_TD = self.self_attn(h_TD, step)
         update_tD = reduce_scatter_tokens(update_TD, step.group)
 
-        h_tD, residual_tD = self.post_attention_layernorm(update_tD, residual_tD)
-        h_TD = all_gather_tokens(h_tD, step.group)
+        h_TD, residual_tD = self.normed(self.post_attention_layernorm, update_tD, residual_tD, step)
         update_TD = self.mlp(h_TD)
-        return reduce_scatter_tokens(update_TD, step.group), residual_tD
+        update_tD = reduce_scatter_tokens(update_TD, step.group)
+        return update_tD, residual_tD
+
+    @staticmethod
+    def normed(norm: RMSNorm, update_tD: Tensor, residual_tD: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """(all tokens' norm of the sum, this rank's sum): the norm and its all-gather may be made again in the backward."""
+        h_tD, residual_tD = norm(update_tD, residual_tD)
+        h_TD = all_gather_tokens(h_tD, step.group)
+        return forget(h_TD, lambda: all_gather_tokens(norm(residual_tD)[0], step.group)), residual_tD
 
 
 class Embedding(nn.Embedding):
@@ -103,6 +110,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = ("none",) * config.num_layers  # of each layer; see recompute.set_recompute
         self.inv_freq = Constant(config.rope.inv_freq(config.head_dim))
 
     def embed(self, ids_T: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
@@ -116,12 +124,12 @@ class LanguageModel(nn.Module):
         tokens: Tokens,
         cache: KVCache | None = None,
         group: torch.distributed.ProcessGroup | None = None,
-        run: Callable = lambda layer, *inputs: layer(*inputs),
     ) -> Tensor:
-        """Hidden states after the last norm, (t, D); ``run`` calls a layer, and may recompute it in the backward."""
+        """Hidden states after the last norm, (t, D)."""
         table_TK = rotary_table(self.inv_freq.on(x_tD.device), tokens.positions_T, self.config.rope.attention_factor)
         step = Step(tokens, table_TK, cache, group)
         update_tD, residual_tD = x_tD, None
-        for layer in self.layers:
+        for layer, mode in zip(self.layers, self.recompute):
+            run = RUN[mode if torch.is_grad_enabled() else "none"]
             update_tD, residual_tD = run(layer, update_tD, residual_tD, step)
         return self.norm(update_tD, residual_tD)[0]

@@ -1,0 +1,148 @@
+"""Recompute changes what is kept, never what comes out."""
+
+import copy
+import importlib
+import os
+
+import pytest
+import torch
+from native import trained, twins
+
+import m3kernels
+from m3kernels.models.ministral3.recompute import RUN, kept_bytes, least_recompute, set_recompute
+from m3kernels.ops import _recompute
+from models import FP64, IMAGES, assert_same, text_batch, vlm_batch
+
+attention = importlib.import_module("m3kernels.ops.attention")  # the package has the function by this name
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+MODES = list(RUN)
+
+
+def model(kind: str, patched: bool, device: str = "cpu", **options):
+    made = twins(kind, device=device, **options)[1].train()
+    if patched:
+        m3kernels.patch(made)
+    return made
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("patched", [False, True], ids=["eager", "patched"])
+@pytest.mark.parametrize("mode", [*MODES[1:], ("cheap", "attention")], ids=str)
+def test_gradients_are_the_same_bits(mode, patched, device):
+    ours = model("text", patched, device)
+    batch = text_batch(ours)
+    want = trained(ours, batch)
+    set_recompute(ours, mode)
+    assert_same(trained(ours, batch), want, 0.0)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_with_images_and_dropout(mode):
+    ours = model("vlm", False, dtype=torch.float64, text={"attention_dropout": 0.3})
+    batch = vlm_batch(ours, IMAGES)
+    torch.manual_seed(0)
+    want = trained(ours, batch)
+    set_recompute(ours, mode)
+    torch.manual_seed(0)
+    assert_same(trained(ours, batch), want, FP64)
+
+
+class Kept:
+    """Bytes of the distinct memory that a forward keeps for its backward, parameters aside."""
+
+    def __init__(self, module):
+        self.own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.seen = {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.seen[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(nbytes for nbytes, _ in self.seen.values())
+
+
+kernels_run = pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="needs the kernels")
+
+
+@kernels_run
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mode", ["none", "cheap"])
+def test_kept_bytes_are_those_of_the_plan(mode, monkeypatch):
+    """Of one layer: what two layers keep less what one keeps."""
+    found, device = {}, "cpu" if INTERPRET else "cuda"
+    forgotten = _recompute._Forgotten.pack
+    for layers in (1, 2):
+        ours = model("text", True, device, num_hidden_layers=layers)
+        set_recompute(ours, mode)
+        kept = Kept(ours)
+
+        def pack(self, tensor, kept=kept):
+            packed = forgotten(self, tensor)
+            return kept.pack(packed) if isinstance(packed, torch.Tensor) else packed
+
+        monkeypatch.setattr(_recompute._Forgotten, "pack", pack)
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+            ours(**text_batch(ours))
+        found[layers] = kept.bytes
+    plan = kept_bytes(ours.config.text, 42, torch.float32)
+    assert found[2] - found[1] == pytest.approx(plan[mode], rel=0.01)
+    assert plan["none"] > plan["cheap"] > plan["attention"] > plan["all"]
+
+
+@kernels_run
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mode, runs", [("none", 1), ("cheap", 1), ("attention", 1), ("all", 2)])
+def test_attention_is_computed_once_where_its_output_is_kept(mode, runs, monkeypatch):
+    ours = model("text", True, "cpu" if INTERPRET else "cuda")
+    set_recompute(ours, mode)
+    ways, choose = [], attention.choose
+    monkeypatch.setattr(attention, "choose", lambda way, *rest: ways.append(way) or choose(way, *rest))
+    trained(ours, text_batch(ours))
+    assert ways.count("forward") == 2 * runs and ways.count("backward") == 2
+
+
+@pytest.mark.parametrize(
+    "budget, want",
+    [
+        (1000, ("none",) * 4),
+        (400, ("none",) * 4),
+        (399, ("cheap", "none", "none", "none")),
+        (280, ("cheap",) * 4),
+        (279, ("attention", "cheap", "cheap", "cheap")),
+        (120, ("attention",) * 4),
+        (90, ("all", "all", "attention", "attention")),
+        (80, ("all",) * 4),
+    ],
+)
+def test_the_least_recompute_that_fits(budget, want):
+    kept = {"none": 100, "cheap": 70, "attention": 30, "all": 10}
+    if budget == 80:
+        kept["all"] = 20
+    modes = least_recompute(kept, 4, budget)
+    assert modes == want
+    assert sum(kept[mode] for mode in modes) <= budget
+
+
+def test_what_does_not_fit_is_refused():
+    ours = model("text", False)
+    for match, call in (
+        ("unknown recompute mode", lambda: set_recompute(ours, "some")),
+        ("3 recompute modes for 2 layers", lambda: set_recompute(ours, ["none"] * 3)),
+        ("either a mode or", lambda: set_recompute(ours)),
+        ("needs tokens", lambda: set_recompute(ours, budget_bytes=1)),
+        ("take fewer tokens", lambda: set_recompute(ours, budget_bytes=1, tokens=64)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    assert set_recompute(ours, budget_bytes=2**30, tokens=64) == ("none", "none")
+
+
+def test_a_copy_keeps_its_modes():
+    ours = model("text", False)
+    set_recompute(ours, "all")
+    assert copy.deepcopy(ours).model.language_model.recompute == ("all", "all")
