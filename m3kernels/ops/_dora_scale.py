@@ -91,6 +91,6 @@ def scales_of(
         *(*skinny.three(weights), a, low, *skinny.three(magnitudes), norms, scales),
         *(*skinny.sizes(magnitudes), weights[0].shape[1], layout.rank, layout.padded),
         **{"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": min(32, skinny.columns_of(layout.rank))},
-        **{"SPLIT": layout.split, "PRECISION": skinny.precision(weights[0]), "num_warps": 4, "num_stages": 3},
+        **{"SPLIT": layout.split, "PRECISION": skinny.precision(weights[0].dtype), "num_warps": 4, "num_stages": 3},
     )
     return norms, scales
