@@ -148,7 +148,7 @@ def linear_low_rank_kernel(
 
 
 class Matrix(NamedTuple):
-    """Rows of a matrix that begin ``stride`` elements apart, from element ``start`` of a tensor on, as the copy engine moves them."""
+    """What the copy engine moves of a tensor: from element ``start`` on, rows that begin ``stride`` elements apart."""
 
     rows: int
     cols: int

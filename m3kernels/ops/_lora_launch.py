@@ -96,9 +96,9 @@ def three(tensors: list[Tensor]) -> list[Tensor]:
     return [*tensors, *(tensors[-1:] * (MOST - len(tensors)))]
 
 
-def sizes(tensors: list[Tensor]) -> list[int]:
-    """N of each projection (its last dimension), 0 where there is none."""
-    return [t.shape[-1] for t in tensors] + [0] * (MOST - len(tensors))
+def fill(numbers: tuple, nothing: float) -> tuple:
+    """As many as a kernel takes; ``nothing`` where there is no projection."""
+    return *numbers, *[nothing] * (MOST - len(numbers))
 
 
 @cache
@@ -114,11 +114,6 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def fill(numbers: tuple, nothing: float) -> tuple:
-    """As many as a kernel takes."""
-    return *numbers, *[nothing] * (MOST - len(numbers))
 
 
 @lru_cache(KEPT)
@@ -330,18 +325,18 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
     )
 
 
+@lru_cache(KEPT)
+def _dora_grads(rows: int, cols: int, strides: tuple[int, int], device, dtype) -> Prepared:
+    blocks = cdiv(cols, 256)
+    each = cdiv(cdiv(rows, max(1, 4 * sm_count(device) // blocks)), 16) * 16
+    grid, numbers = (blocks, cdiv(rows, each)), (*strides, rows, cols, each)
+    return Prepared("dora_linear backward", dora_grad_kernel, device, grid, numbers, {"BLOCK_M": 16, "BLOCK_N": 256})
+
+
 def dora_grads(dy: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(dz = scale * dy, the sum over rows of dy * out in fp32)."""
     rows, cols = dy.shape
-    dz = torch.empty((rows, cols), dtype=dy.dtype, device=dy.device)
-    blocks = cdiv(cols, 256)
-    each = cdiv(cdiv(rows, max(1, 4 * sm_count(dy.device) // blocks)), 16) * 16
-    parts = dy.new_empty((cdiv(rows, each), cols), dtype=torch.float32)
-    launch(
-        "dora_linear backward",
-        dora_grad_kernel,
-        (blocks, parts.shape[0]),
-        *(dy, out, scale, dz, parts, dy.stride(0), out.stride(0), rows, cols, each),
-        **{"BLOCK_M": 16, "BLOCK_N": 256},
-    )
+    run = _dora_grads(rows, cols, (dy.stride(0), out.stride(0)), dy.device, dy.dtype)
+    dz, parts = dy.new_empty((rows, cols)), dy.new_empty((run.grid[1], cols), dtype=torch.float32)
+    run(dy, out, scale, dz, parts)
     return dz, parts.sum(0)

@@ -358,6 +358,10 @@ def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
                 f"dora_linear: magnitudes must be (N,) of one dtype, got {tuple(layer.magnitude.shape)} "
                 f"{layer.magnitude.dtype}, {_shapes(x, layer)}"
             )
+        if layer.magnitude.device != x.device:
+            raise ValueError(
+                f"dora_linear: magnitude is on {layer.magnitude.device}, x on {x.device}; move it with .to()"
+            )
         if dropout_p:
             raise ValueError(
                 "dora_linear: dropout under DoRA needs the frozen product of both inputs; leave it to PEFT"
