@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from m3kernels.bench import adapters, attention
+from m3kernels.bench import adapters, attention, fp8
 from m3kernels.bench.spec import BOTH, Case, Cost, Op, Shape, Tensors, by_autograd, randn
 
 EPS = 1e-5
@@ -188,6 +188,7 @@ OPS: dict[str, Op] = {
     ),
     **attention.OPS,
     **adapters.OPS,
+    **fp8.OPS,
 }
 
 
@@ -227,4 +228,5 @@ CASES: tuple[Case, ...] = (
     _linear_cross_entropy(3072, trained=True),
     *attention.CASES,
     *adapters.CASES,
+    *fp8.CASES,
 )

@@ -37,6 +37,7 @@ SHAPES: dict[str, Shape] = {
     },
     "swiglu": {"rows": 16, "width": 1024},
     "linear_cross_entropy": {"tokens": 16, "vocab": 1024, "hidden": 256, "trained": True},
+    "lora_linear": {"rows": 16, "width": 1024, "out": 1024, "rank": 16, "dora": False},
 }
 
 
@@ -140,7 +141,7 @@ def bench_host(device: torch.device, quick: bool, chosen: tuple[str, ...]) -> It
         for peer in peers.ORDER:
             build = peers.PEERS[op].get(peer)
             # compiled functions have guards of their own, a cost of calling them and not of the op
-            if build is None or peer not in (*chosen, "eager") or peer == "torch.compile":
+            if build is None or peer not in (*chosen, "eager") or "compile" in peer:
                 continue
             try:
                 trials[peer] = op_trials(op, build, device)

@@ -14,13 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3kernels.bench import adapters, attention
+from m3kernels.bench import adapters, attention, fp8
 from m3kernels.bench.cases import EPS
 from m3kernels.bench.spec import Shape, Tensors
 
 OURS = "m3kernels"
 ATTENTION = ("sdpa flash", "cudnn", "flex", "fa2", "fa3", "fa4")
-ORDER = ("eager", "torch.compile", "liger", "torch", "quack", "cce", *ATTENTION, "peft", "peft+compile", OURS)
+ORDER = (
+    "eager",
+    "torch.compile",
+    "liger",
+    "torch",
+    "quack",
+    "cce",
+    *ATTENTION,
+    "peft",
+    "peft+compile",
+    "bf16 weight",
+    OURS,
+)
 TITLES = {
     "torch": "F.rms_norm",
     "quack": "QuACK",
@@ -251,6 +263,7 @@ PEERS: dict[str, dict[str, Builder]] = {
     },
     **attention.PEERS,
     **adapters.PEERS,
+    **{op: found | {"torch.compile": compiled(fp8.eager, keep_graph=True)} for op, found in fp8.PEERS.items()},
 }
 
 

@@ -20,7 +20,7 @@ COLOURS = {
 }
 COLOURS |= {"hf+compile": SKY, "hf+compile-whole": BLUE, "quack": PINK, "cce": BLUE, OURS: "#d55e00"}
 COLOURS |= {"sdpa flash": PINK, "cudnn": BLUE, "flex": SKY, "fa2": ORANGE, "fa3": YELLOW, "fa4": BLACK}
-COLOURS |= {"peft": GREEN, "peft+compile": SKY}
+COLOURS |= {"peft": GREEN, "peft+compile": SKY, "bf16 weight": BLUE}
 SPARE = (YELLOW, PINK, BLUE, BLACK, ORANGE, SKY)
 MARKERS = "ovs^DPX<>ph"
 HATCHES = (None, "////", "....", "xxxx")

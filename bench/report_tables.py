@@ -28,6 +28,8 @@ NAMES = {
     "attention": "attention",
     "lora_linear": "LoRA linear",
     "dora_linear": "DoRA linear",
+    "fp8_linear": "linear, FP8 weight",
+    "fp8_lora_linear": "LoRA linear, FP8 weight",
 }
 BY_HAND = "Liger has no Ministral 3 patch"
 Key = tuple[str, str, str]

@@ -33,6 +33,10 @@ TINY = {
     "attention": Case("attention", "tiny", {"batch": 2, "seq": 48, "heads": 4, "kv_heads": 2, "head_dim": 32}),
     "lora_linear": Case("lora_linear", "tiny", {"rows": 96, "width": 64, "out": 80, "rank": 4, "dora": False}),
     "dora_linear": Case("dora_linear", "tiny", {"rows": 96, "width": 64, "out": 80, "rank": 4, "dora": True}),
+    "fp8_linear": Case("fp8_linear", "tiny", {"rows": 96, "width": 160, "out": 200, "rank": 0, "dora": False}),
+    "fp8_lora_linear": Case(
+        "fp8_lora_linear", "tiny", {"rows": 96, "width": 160, "out": 200, "rank": 4, "dora": False}
+    ),
 }
 # results whose wrongness each op's gate must see, one output or gradient at a time
 BREAKS = {

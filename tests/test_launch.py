@@ -1,12 +1,14 @@
 """The short way to a compiled kernel: what it tells apart must be at least what Triton does."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from m3kernels.ops import _common
+from m3kernels.ops._prepared import Prepared
 from m3kernels.ops._triton import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -118,3 +120,114 @@ def test_failures_name_op_and_shapes(direct):
     kernel.params = None
     with pytest.raises(_common.KernelLaunchError, match=r"op: kernel launch failed on cpu for \(64,\)"):
         _common.launch("op", kernel, (3,), torch.zeros(64), 1)
+
+
+class Launcher:
+    """Triton's launcher of a compiled kernel, as of 3.6."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+
+    def __init__(self, launch, called: list):
+        self.launch, self.called = launch, called
+
+    def __call__(self, *args):
+        self.called.append(args)
+
+
+class Launched(Kernel):
+    """A kernel whose launches can be prepared; ``native`` collects what reaches the driver."""
+
+    def __init__(self, described: bool = False):
+        super().__init__()
+        self.native = []
+        self.metadata = SimpleNamespace(tensordesc_meta=[{"swizzle": 3}] if described else None)
+        launcher = lambda *args: self.native.append(args)
+
+        def encoding_anew(*args):
+            return launcher(*args)
+
+        self.run = Launcher(encoding_anew if described else launcher, self.fast)
+
+
+def prepared(kernel, **more):
+    return Prepared("op", kernel, torch.device("cpu"), (3,), (32,), {"BLOCK": 64, "MASKED": True}, **more)
+
+
+@pytest.fixture
+def one_device(direct, monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+
+
+def aligned(elements: int, off: int = 0) -> torch.Tensor:
+    memory = torch.zeros(elements + 8)
+    first = (-memory.data_ptr() % 16) // 4 + off
+    return memory[first : first + elements]
+
+
+def test_a_prepared_launch_brings_nothing_but_addresses(one_device):
+    kernel, x, y = Launched(), aligned(32), aligned(48)
+    run = prepared(kernel)
+    for t in (x, x, x, y):
+        run(t)
+    # compiled, found compiled and kept, then by itself
+    assert len(kernel.slow) == 1 and len(kernel.fast) == 1
+    settled = (False, False, None, None, None, None, None, None)
+    assert kernel.native == [(3, 1, 1, 7, None, *settled, t.data_ptr(), 32, 64, True) for t in (x, y)]
+
+
+def test_a_prepared_launch_minds_marks_device_and_hooks(one_device, monkeypatch):
+    from triton import knobs
+
+    kernel, x = Launched(), aligned(32)
+    run = prepared(kernel)
+    run(aligned(32, off=1))
+    assert run.direct is None
+    for _ in range(2):
+        run(x)
+    assert run.direct is not None and not kernel.native
+    run(aligned(32, off=1))  # what is compiled takes its address for a multiple of 16
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    run(x)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
+    hook = lambda metadata: None
+    knobs.runtime.launch_exit_hook.add(hook)
+    try:
+        run(x)
+    finally:
+        knobs.runtime.launch_exit_hook.remove(hook)
+    assert not kernel.native
+    run(x)
+    assert len(kernel.native) == 1
+
+
+def test_a_launch_that_is_not_as_known_stays_tritons(one_device):
+    kernel, x = Launched(), aligned(32)
+    kernel.run.global_scratch_size = 16
+    run = prepared(kernel)
+    for _ in range(4):
+        run(x)
+    assert run.direct is None and len(kernel.slow) == 1 and len(kernel.fast) == 3
+
+
+def test_descriptors_are_encoded_once_an_address(one_device, monkeypatch):
+    from triton.backends.nvidia import driver
+
+    encoded = []
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda x, metadata: encoded.append(x) or [x.data_ptr(), 8, 4])
+    kernel, tensors = Launched(described=True), [aligned(32), aligned(48)]
+    run = prepared(kernel, blocks=(SimpleNamespace(start=0, of=lambda t: t),))
+    for t in (*tensors[:1] * 2, *tensors, *tensors):
+        run(t)
+    assert [t.data_ptr() for t in encoded] == [t.data_ptr() for t in tensors]
+    assert [args[-6:] for args in kernel.native] == [(t.data_ptr(), 8, 4, 32, 64, True) for t in tensors * 2]
+
+
+def test_a_prepared_launch_that_fails_names_op_and_shapes(one_device):
+    kernel = Launched()
+    run = prepared(kernel)
+    for _ in range(2):
+        run(aligned(32))
+    run.direct = lambda *args: 1 / 0
+    with pytest.raises(_common.KernelLaunchError, match=r"op: kernel launch failed on cpu for \(32,\)"):
+        run(aligned(32))

@@ -190,3 +190,56 @@ def test_dropout_of_everything_is_pefts(device, calls):
     model = wrap(build(device=device), lora(target_modules=["q_proj"], lora_dropout=1.0))
     patch(model)
     assert torch.isfinite(step(model, text_batch(model))) and calls == []
+
+
+def two_adapters(model):
+    model.add_adapter("second", lora())
+    model.base_model.set_adapter(["default", "second"])
+
+
+# what is done to a model, and whether a call still is the usual one
+UNUSUAL = {
+    "nothing": (lambda model: None, {}, True),
+    "dropout": (lambda model: None, {"lora_dropout": 0.3}, True),
+    "dropout in evaluation": (lambda model: model.eval(), {"lora_dropout": 0.3}, True),
+    "dropout of everything": (lambda model: None, {"lora_dropout": 1.0}, False),
+    "DoRA": (lambda model: None, {"use_dora": True}, False),
+    "a bias of B": (lambda model: None, {"lora_bias": True}, False),
+    "two adapters": (two_adapters, {}, False),
+    "merged": (lambda model: model.merge_adapter(), {}, False),
+    "switched off": (lambda model: model.base_model.disable_adapter_layers(), {}, False),
+    "a bias of the base": (
+        lambda model: setattr(first(model).base_layer, "bias", nn.Parameter(torch.ones(1))),
+        {},
+        False,
+    ),
+    "a hook": (lambda model: first(model).lora_A["default"].register_forward_hook(lambda *_: None), {}, False),
+    "a forward": (lambda model: vars(first(model).base_layer).update(forward=lambda x: x), {}, False),
+    "another class": (lambda model: setattr(first(model).lora_B["default"], "__class__", nn.Bilinear), {}, False),
+    "another dtype": (lambda model: first(model).lora_B["default"].half(), {}, False),
+    "a frozen weight that is no parameter": (
+        lambda model: first(model).base_layer._parameters.update(weight=first(model).base_layer.weight.detach()),
+        {},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("state", UNUSUAL)
+def test_the_short_way_to_a_plan_finds_the_same(state, monkeypatch):
+    """Whatever is done to a layer, a call that skips the long list of questions answers none of them otherwise."""
+    change, config, usual = UNUSUAL[state]
+    model = wrap(build(), lora(target_modules=["q_proj"], layers_to_transform=[0], **config)).train()
+    change(model)
+    layer, x = first(model), torch.zeros(2, 64, dtype=model.dtype)
+    short = adapters._usual(layer, x)
+    assert (short is not None) == usual
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapters._usual(layer, x) is None
+    assert adapters._usual(layer, x.double()) is None
+    monkeypatch.setattr(adapters, "_usual", lambda *_: None)
+    long = adapters._plan(layer, x)
+    if short is not None:
+        assert short.dropout == long.dropout and short.bias is long.bias is None
+        for name, value in vars(short.adapted).items():
+            assert getattr(long.adapted, name) is value, name

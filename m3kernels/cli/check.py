@@ -11,7 +11,9 @@ HELP = "parity of ops and of a patched model on this machine, as a table"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="also check this Ministral 3 checkpoint, patched")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="also check this Ministral 3 checkpoint, patched; FP8, too"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda when there is one")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="one dtype only (default: all that fit)"
@@ -71,21 +73,27 @@ def _tiny_model_rows(args: argparse.Namespace, device: str, progress) -> list:
 
 
 def _own_model_rows(args: argparse.Namespace, device: str) -> list:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config
 
-    from m3kernels.parity.model import measure_model, text_batch
+    from m3kernels.parity.model import has_fp8, measure_model, text_batch
 
     config = AutoConfig.from_pretrained(args.model)
     auto = AutoModelForCausalLM if config.model_type == "ministral3" else AutoModelForImageTextToText
-    dtype = getattr(torch, args.dtype) if args.dtype else "auto"
-    model = auto.from_pretrained(args.model, dtype=dtype).to(device)
+    options = {"dtype": getattr(torch, args.dtype) if args.dtype else "auto"}
+    fp8, quantization = None, getattr(config, "quantization_config", None)
+    if quantization is not None and quantization["quant_method"] == "fp8":
+        fp8 = auto.from_pretrained(args.model, **options).to(device)
+        if not has_fp8(fp8):
+            print(f"note: on {device} transformers dequantises FP8 checkpoints: FP8 layers are not checked")
+        options["quantization_config"] = FineGrainedFP8Config(**{**quantization, "dequantize": True})
+    model = auto.from_pretrained(args.model, **options).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     # an fp64 copy with gradients takes 16 bytes a parameter
     truth = torch.float64 if parameters < 1e9 else torch.float32
     if model.dtype == truth:
         truth = torch.float64
     batch = text_batch(model, device, args.tokens)
-    return measure_model(model, batch, args.model, truth_dtype=truth, gradients=not args.no_gradients)
+    return measure_model(model, batch, args.model, truth_dtype=truth, gradients=not args.no_gradients, fp8=fp8)
 
 
 def _progress():

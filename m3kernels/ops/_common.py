@@ -1,6 +1,6 @@
 """What every op shares: the choice of a backend, guarded launches, and one registration for eager and compiled calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 
@@ -11,6 +11,7 @@ from m3kernels.ops._triton import HAS_TRITON, INTERPRET, knobs
 
 BACKENDS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # ops that DTensors may go through; m3kernels.parallel adds those whose sharding it registers
@@ -36,6 +37,8 @@ def use_triton(op: str, backend: str, *tensors: Tensor, inductor_fuses: bool = F
         raise ValueError(f"{op}: backend {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
     device = tensors[0].device
     for t in tensors:
+        if t.dtype in TRITON_DTYPES and type(t) in PLAIN and t.device == device:
+            continue
         if t.device != device:
             found = ", ".join(str(t.device) for t in tensors)
             raise ValueError(f"{op}: all tensors must be on one device, got {found}; move them with .to({device})")
@@ -101,27 +104,31 @@ def why_no_triton(device_type: str) -> str:
     return ""
 
 
-def launch(op: str, kernel, grid: tuple[int, ...], *args, **meta) -> None:
+def launch(op: str, kernel, grid: tuple[int, ...], *args, **meta) -> tuple | None:
     """Launch ``kernel`` on the device of its first tensor; a failure names the op and the shapes.
 
     ``args`` are the kernel's arguments up to its constexprs, ``meta`` the constexprs in their order, and launch options.
+    Returns the compiled kernel and its constexprs' values where it was launched by itself.
     """
     first = next(a for a in args if isinstance(a, Tensor))
     try:
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                _run(kernel, grid, args, meta)
-        else:
-            _run(kernel, grid, args, meta)
+                return _run(kernel, grid, args, meta)
+        return _run(kernel, grid, args, meta)
     except Exception as error:
-        shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in args if isinstance(a, Tensor))
-        raise KernelLaunchError(
-            f"{op}: kernel launch failed on {first.device} for {shapes}, grid {grid}: {error}"
-        ) from error
+        raise launch_failed(op, args, grid, error) from error
+
+
+def launch_failed(op: str, args: Sequence, grid: tuple[int, ...], error: Exception) -> KernelLaunchError:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
+    return KernelLaunchError(f"{op}: kernel launch failed on {tensors[0].device} for {shapes}, grid {grid}: {error}")
 
 
 # the release whose compiled kernels' own interface is known here
 LAUNCHES_OF = "3.6."
+NO_HOOKS = (None, None)
 _compiled: dict[tuple, tuple] = {}
 
 
@@ -132,7 +139,13 @@ def _launches_directly() -> bool:
     return version("triton").startswith(LAUNCHES_OF)
 
 
-def _run(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
+def launch_hooks() -> tuple:
+    """A profiler's hooks, or ``NO_HOOKS``: Triton's own chains would be called at every launch, empty as they are."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return (enter, leave) if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) else NO_HOOKS
+
+
+def _run(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> tuple | None:
     """``kernel[grid](*args, **meta)``; a call that is compiled already skips what Triton does to find that out.
 
     That is half of a launch's time on the host. What a compiled kernel depends on, beside its constexprs: each argument's
@@ -140,7 +153,7 @@ def _run(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
     """
     if not _launches_directly():
         kernel[grid](*args, **meta)
-        return
+        return None
     device = torch.cuda.current_device()
     key = (kernel.fn, device, *meta.items(), *map(_kind, args))
     found = _compiled.get(key)
@@ -150,13 +163,14 @@ def _run(kernel, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
         as_said = not any(p.is_constexpr for p in given) and all(p.is_constexpr and p.name in meta for p in rest)
         if as_said and hasattr(compiled, "packed_metadata"):  # compiled by now: Triton can do that in the background
             _compiled[key] = compiled, tuple(meta[p.name] for p in rest)
-        return
+        return None
     compiled, constexprs = found
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
-    metadata = compiled.launch_metadata((x, y, z), stream, *args, *constexprs)
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    hooks = launch_hooks()
+    metadata = None if hooks is NO_HOOKS else compiled.launch_metadata((x, y, z), stream, *args, *constexprs)
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *args, *constexprs)
+    return found
 
 
 def _kind(a) -> object:

@@ -1,11 +1,14 @@
 """The norms and scales of DoRA's rows, of several layers of one input at once: the formula is in dora_linear.py."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
-from m3kernels.ops._common import cdiv, launch
+from m3kernels.ops._common import cdiv
 from m3kernels.ops._lora_kernels import _one_of, _pointer_of
+from m3kernels.ops._prepared import KEPT, Prepared
 from m3kernels.ops._products import add_product
 from m3kernels.ops._triton import tl, triton
 
@@ -74,6 +77,19 @@ def dora_scale_kernel(
     tl.store(p_scale + before + o_n, tl.where(scale == 0.0, SMALLEST, scale), mask=m_n)
 
 
+@lru_cache(KEPT)
+def _norms(layout: skinny.Layout, ns: tuple[int, ...], width: int, device, dtype, *_) -> Prepared:
+    return Prepared(
+        "dora_linear (norm)",
+        dora_scale_kernel,
+        device,
+        (sum(cdiv(n, BLOCK_N) for n in ns),),
+        (*skinny.fill(ns, 0), width, layout.rank, layout.padded),
+        {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": min(32, skinny.columns_of(layout.rank))}
+        | {"SPLIT": layout.split, "PRECISION": skinny.precision(dtype), "num_warps": 4, "num_stages": 3},
+    )
+
+
 def scales_of(
     weights: list[Tensor], a: Tensor, low: Tensor, magnitudes: list[Tensor], layout: skinny.Layout
 ) -> tuple[Tensor, Tensor]:
@@ -81,16 +97,10 @@ def scales_of(
 
     ``a`` and ``low``: as :func:`as_parts` gives them.
     """
-    norms = torch.empty(sum(w.shape[0] for w in weights), dtype=torch.float32, device=a.device)
+    ns = tuple([w.shape[0] for w in weights])
+    norms = a.new_empty(sum(ns), dtype=torch.float32)
     scales = torch.empty_like(norms)
     weights, magnitudes = ([t.contiguous() for t in group] for group in (weights, magnitudes))
-    launch(
-        "dora_linear (norm)",
-        dora_scale_kernel,
-        (sum(cdiv(w.shape[0], BLOCK_N) for w in weights),),
-        *(*skinny.three(weights), a, low, *skinny.three(magnitudes), norms, scales),
-        *(*skinny.sizes(magnitudes), weights[0].shape[1], layout.rank, layout.padded),
-        **{"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": min(32, skinny.columns_of(layout.rank))},
-        **{"SPLIT": layout.split, "PRECISION": skinny.precision(weights[0]), "num_warps": 4, "num_stages": 3},
-    )
+    run = _norms(layout, ns, weights[0].shape[1], a.device, weights[0].dtype, magnitudes[0].dtype)
+    run(*skinny.three(weights), a, low, *skinny.three(magnitudes), norms, scales)
     return norms, scales

@@ -9,6 +9,9 @@ One warp loads by the copy engine; two warpgroups multiply 64 x 256 each. Progra
 tile's operands load while a tile is written.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -22,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from m3kernels.ops._common import cdiv, launch, sm_count
+from m3kernels.ops._common import cdiv, sm_count
+from m3kernels.ops._prepared import KEPT, Prepared
 
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute
 ROWS = gl.constexpr(64)  # rows of one
@@ -143,47 +147,79 @@ def linear_low_rank_kernel(
     )
 
 
-def _blocks(x: Tensor, rows: int, cols: int, layout: gl.constexpr) -> TensorDescriptor:
-    # what its constructor checks, `cannot` has: five of them would cost 30 us a call
-    blocks = object.__new__(TensorDescriptor)
-    blocks.base, blocks.shape, blocks.strides = x, list(x.shape), list(x.stride())
-    blocks.block_shape, blocks.layout, blocks.padding = [rows, cols], layout.value, "zero"
-    return blocks
+class Matrix(NamedTuple):
+    """What the copy engine moves of a tensor: from element ``start`` on, rows that begin ``stride`` elements apart."""
+
+    rows: int
+    cols: int
+    stride: int
+    start: int
+    block: tuple[int, int]
+    layout: gl.NVMMASharedLayout
+
+    def of(self, t: Tensor) -> TensorDescriptor:
+        # what its constructor checks, `_prepared` has
+        blocks = object.__new__(TensorDescriptor)
+        blocks.base = t.as_strided((self.rows, self.cols), (self.stride, 1), t.storage_offset() + self.start)
+        blocks.shape, blocks.strides, blocks.block_shape = [self.rows, self.cols], [self.stride, 1], list(self.block)
+        blocks.layout, blocks.padding = self.layout, "zero"
+        return blocks
 
 
-def cannot(a: Tensor, weight: Tensor, t: Tensor, low: Tensor, across: bool) -> str:
-    """Why this kernel does not take a product, or an empty string."""
-    if not a.is_cuda or torch.cuda.get_device_capability(a.device) != (9, 0):
-        return "written for compute capability 9.0"
-    if a.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != a.dtype:
-        return f"takes bf16 and fp16, not {a.dtype} with {weight.dtype}"
-    if any(x.stride(1) != 1 or x.stride(0) % 8 or not x.stride(0) or x.data_ptr() % 16 for x in (a, weight, t, low)):
-        return "the copy engine reads rows that begin at 16-byte marks"
-    n = weight.shape[1 if across else 0]
-    if n % 8 or cdiv(a.shape[0], BLOCK_M.value) * cdiv(n, BLOCK_N.value) < sm_count(a.device):
-        return "fewer tiles than multiprocessors"
-    return ""
+@lru_cache(KEPT)
+def _prepared(
+    m: int, k: int, n: int, rank: int, strides: tuple[int, ...], starts: tuple[int, int], across: bool, scaled: bool,
+    dtype: torch.dtype, device: torch.device,
+) -> Prepared | None:  # fmt: skip
+    """The launch, or None where this kernel does not take the product; ``strides`` and ``starts``: see below."""
+    if any(stride % 8 or not stride for stride in strides) or any(start % 8 for start in starts):
+        return None  # the copy engine reads rows that begin at 16-byte marks
+    tiles = cdiv(m, BLOCK_M.value) * cdiv(n, BLOCK_N.value)
+    if dtype not in (torch.bfloat16, torch.float16) or n % 8 or tiles < sm_count(device):
+        return None
+    (a_stride, weight_stride, t_stride, low_stride), (t_start, low_start) = strides, starts
+    left = (ROWS.value, BLOCK_K.value), A_TILE.value
+    if across:
+        right = (BLOCK_K.value, BLOCK_N.value), B_TILE_ACROSS.value
+        weight, low = (k, n, weight_stride), (rank, n, low_stride)
+    else:
+        right = (BLOCK_N.value, BLOCK_K.value), B_TILE.value
+        weight, low = (n, k, weight_stride), (n, rank, low_stride)
+    blocks = (
+        None,
+        Matrix(m, k, a_stride, 0, *left),
+        Matrix(*weight, 0, *right),
+        Matrix(m, rank, t_stride, t_start, *left),
+        Matrix(*low, low_start, *right),
+        Matrix(m, n, n, 0, (ROWS.value, BLOCK_N.value), B_TILE_ACROSS.value),
+    )
+    return Prepared(
+        "lora_linear",
+        linear_low_rank_kernel,
+        device,
+        (min(tiles, sm_count(device)),),
+        (n, cdiv(m, BLOCK_M.value), cdiv(n, BLOCK_N.value), cdiv(k, BLOCK_K.value), cdiv(rank, BLOCK_K.value)),
+        {"ACROSS": across, "SCALED": scaled, "num_warps": 4, "maxnreg": 168},
+        blocks,
+    )
 
 
 def linear_low_rank(
-    a: Tensor, weight: Tensor, t: Tensor, low: Tensor, *, across: bool, scale: Tensor | None = None
-) -> Tensor:
-    """(M, N) bf16. ``weight`` (N, K) and ``low`` (N, R), or with ``across`` (K, N) and (R, N); rows start at 16-byte marks."""
-    (m, k), n = a.shape, weight.shape[1 if across else 0]
-    out = torch.empty((m, n), dtype=a.dtype, device=a.device)
-    m_tiles, n_tiles = cdiv(m, BLOCK_M.value), cdiv(n, BLOCK_N.value)
-    right = (BLOCK_K.value, BLOCK_N.value, B_TILE_ACROSS) if across else (BLOCK_N.value, BLOCK_K.value, B_TILE)
-    launch(
-        "lora_linear",
-        linear_low_rank_kernel,
-        (min(m_tiles * n_tiles, sm_count(a.device)),),
-        a if scale is None else scale,
-        _blocks(a, ROWS.value, BLOCK_K.value, A_TILE),
-        _blocks(weight, *right),
-        _blocks(t, ROWS.value, BLOCK_K.value, A_TILE),
-        _blocks(low, *right),
-        _blocks(out, ROWS.value, BLOCK_N.value, B_TILE_ACROSS),
-        *(n, m_tiles, n_tiles, cdiv(k, BLOCK_K.value), cdiv(t.shape[1], BLOCK_K.value)),
-        **{"ACROSS": across, "SCALED": scale is not None, "num_warps": 4, "maxnreg": 168},
-    )
+    a: Tensor, weight: Tensor, t: Tensor, low: Tensor, rank: int, starts: tuple[int, int], across: bool,
+    scale: Tensor | None, shape: tuple[int, ...],
+) -> Tensor | None:  # fmt: skip
+    """The product in ``shape``, rows side by side, or None where this kernel does not take it.
+
+    ``weight`` is (N, K) or, ``across``, (K, N); ``rank`` columns of t and columns (or rows) of ``low`` count, and begin
+    ``starts`` elements into them. All tensors are matrices of unit stride in the last dimension.
+    """
+    if (a.data_ptr() | weight.data_ptr() | t.data_ptr() | low.data_ptr()) & 15 or weight.dtype != a.dtype:
+        return None
+    strides = (a.stride(0), weight.stride(0), t.stride(0), low.stride(0))
+    n = weight.shape[1 if across else 0]
+    run = _prepared(*a.shape, n, rank, strides, starts, across, scale is not None, a.dtype, a.device)
+    if run is None or weight.stride(1) != 1:
+        return None
+    out = a.new_empty(shape)
+    run(a if scale is None else scale, a, weight, t, low, out)
     return out

@@ -248,9 +248,7 @@ def lora_sum_kernel(
     p_part_du,
     p_part_db,
     p_du,
-    p_db1,
-    p_db2,
-    p_db3,
+    p_db,
     p_scale,
     s1,
     s2,
@@ -274,7 +272,7 @@ def lora_sum_kernel(
     SPLIT: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """du of each projection, as [hi | lo | hi] where SPLIT, and db = s * sum (times a scale of each row)."""
+    """du of each projection, as [hi | lo | hi] where SPLIT, and db = s * sum (times a scale of each row), one below another."""
     index, o_r = tl.program_id(0), tl.arange(0, RANK)
     m_r = (o_r < rank)[None, :]
     if index < du_programs * count:
@@ -294,12 +292,8 @@ def lora_sum_kernel(
         if SCALED:
             factor *= tl.load(p_scale + o_n, mask=o_n < n, other=0.0)
         b_db *= factor[:, None]
-        inside = (o_n - _one_of(which, 0, n1, n1 + n2)).to(tl.int64)
-        o_out = inside[:, None] * db_row_stride + o_r.to(tl.int64)[None, :] * db_col_stride
-        result = b_db.to(p_db1.dtype.element_ty)
-        tl.store(p_db1 + o_out, result, mask=((which == 0) & (o_n < n))[:, None] & m_r)
-        tl.store(p_db2 + o_out, result, mask=((which == 1) & (o_n < n))[:, None] & m_r)
-        tl.store(p_db3 + o_out, result, mask=((which == 2) & (o_n < n))[:, None] & m_r)
+        o_out = o_n.to(tl.int64)[:, None] * db_row_stride + o_r.to(tl.int64)[None, :] * db_col_stride
+        tl.store(p_db + o_out, b_db.to(p_db.dtype.element_ty), mask=(o_n < n)[:, None] & m_r)
 
 
 @triton.jit(do_not_specialize=["rows"])

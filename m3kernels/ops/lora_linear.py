@@ -12,6 +12,7 @@ and v (or gate and up) share one pass over x for t and one for dA, and one dx. f
 their precision (:mod:`m3kernels.ops._lora_kernels`). Dropout's mask is made anew in the backward from a seed on the device.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
-from m3kernels.ops._common import fused_op, use_triton
+from m3kernels.ops._common import fused_op, rows_of, use_triton
 from m3kernels.ops._dora_scale import scales_of
 from m3kernels.ops._lora_launch import MOST, Layout
+from m3kernels.ops._lora_products import input_gradient, project
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
 from m3kernels.ops.fp8_linear import dense
 
@@ -43,34 +45,8 @@ class Adapted:
     block_size: tuple[int, int] | None = None
 
 
-def _hopper():
-    """The module of the Gluon kernel, or None where its Triton is another one."""
-    from m3kernels.ops._attention_backends import _hopper_missing
-
-    if not torch.cuda.is_available() or _hopper_missing(torch.device("cuda", torch.cuda.current_device())):
-        return None
-    from m3kernels.ops import _linear_hopper
-
-    return _linear_hopper
-
-
-def _product(a: Tensor, weight: Tensor, t: Tensor, low: Tensor, across: bool, scale: Tensor | None = None) -> Tensor:
-    """scale * (a b + t l), b being ``weight`` (N, K) transposed or, ``across``, (K, N) as it lies; ``low`` likewise."""
-    kernel = _hopper() if a.is_cuda else None
-    if kernel is not None and not kernel.cannot(a, weight, t, low, across):
-        return kernel.linear_low_rank(a, weight, t, low, across=across, scale=scale)
-    out = torch.mm(t, low if across else low.T)
-    out.addmm_(a, weight if across else weight.T)
-    return out if scale is None else out.mul_(scale)
-
-
 def _given(*options: Tensor | None) -> list[Tensor]:
     return [t for t in options if t is not None]
-
-
-def _split(t: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """Each projection's rows."""
-    return list(t.split([w.shape[0] for w in weights]))
 
 
 def _dense(weights: list[Tensor], fp8_scales: list[Tensor], blocks: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -109,26 +85,27 @@ def _forward(
     weights, many_a, many_b, magnitudes = (
         _given(*group) for group in ((w1, w2, w3), (a1, a2, a3), (b1, b2, b3), (m1, m2, m3))
     )
+    shape, x = x.shape[:-1], rows_of(x)
     layout = Layout.of(x, a1, len(weights))
     weights = _dense(weights, _given(f1, f2, f3), blocks, x.dtype)
     a, low = skinny.as_parts(x, many_a, many_b, scalings, layout)
     t = skinny.shrink(x, a, layout, dropout, seeds)
-    lows = [rows[:, : layout.width] for rows in _split(low, weights)]
-    kept = list(scales_of(weights, a, low, magnitudes, layout)) if magnitudes else []
-    scales = _split(kept[1], weights) if kept else [None] * len(weights)
-    if kept and x.dtype == torch.float16:
+    if not magnitudes:
+        return [*project(x, weights, t, low, layout, None, shape), t]
+    norms, scales = scales_of(weights, a, low, magnitudes, layout)
+    each = scales.split([w.shape[0] for w in weights])
+    if x.dtype == torch.float16:
         # dm is taken from y / k, for which fp16 has too few exponents: what is scaled is kept
-        zs = [_product(x, w, p, rows, False) for w, p, rows in zip(weights, layout.parts(t), lows)]
-        return [*((z * k).to(z.dtype) for z, k in zip(zs, scales)), t, *kept, *zs]
-    ys = [_product(x, w, p, rows, False, k) for w, p, rows, k in zip(weights, layout.parts(t), lows, scales)]
-    return [*ys, t, *kept]
+        zs = project(x, weights, t, low, layout, None, shape)
+        return [*((z * k).to(z.dtype) for z, k in zip(zs, each)), t, norms, scales, *zs]
+    return [*project(x, weights, t, low, layout, each, shape), t, norms, scales]
 
 
 def _forward_fake(x, w1, a1, b1, w2, a2, b2, w3, a3, b3, m1, m2, m3, f1, f2, f3, seeds, scalings, dropout, blocks):
     weights, layout = _given(w1, w2, w3), Layout.of(x, a1, len(_given(w1, w2, w3)))
-    rows, total, columns = x.shape[0], sum(w.shape[0] for w in weights), layout.count * layout.padded
-    ys = [x.new_empty((rows, w.shape[0])) for w in weights]
-    found = [*ys, x.new_empty((rows, columns))]
+    shape, total = x.shape[:-1], sum(w.shape[0] for w in weights)
+    ys = [x.new_empty((*shape, w.shape[0])) for w in weights]
+    found = [*ys, x.new_empty((math.prod(shape), layout.count * layout.padded))]
     if m1 is None:
         return found
     zs = [torch.empty_like(y) for y in ys] if x.dtype == torch.float16 else []
@@ -154,60 +131,44 @@ def _backward(
     need_weights: bool,
     need_adapters: bool,
 ) -> list[Tensor]:
-    """[dx, then for each projection dW, dA, dB, dm]; what is not needed is empty.
+    """[dx, dA of all (count, R, K), dB of all (N of all, R)], then dW of each and dm of each where they are needed.
 
-    ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
+    dx and dA are empty where they are not. ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
     """
-    like = many_a[0]
-    layout = Layout.of(x, like, len(weights))
-    dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
-    dbs = [like.new_empty((w.shape[0], layout.rank)) for w in weights]
+    like, shape, x = many_a[0], x.shape, rows_of(x)
+    layout, ns = Layout.of(x, like, len(weights)), [w.shape[0] for w in weights]
+    dys = [rows_of(dy).contiguous() for dy in dys]
+    db = like.new_empty((sum(ns), layout.rank))
     # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
     a, low = skinny.as_parts(x, many_a, many_b, scalings, layout, scales)
-    du = skinny.du_and_dbs(dys, low, t, layout, dbs, scalings, scales)
-    dms = [x.new_empty(0) for _ in weights]
+    du = skinny.du_and_db(dys, low, t, layout, db, scalings, scales)
+    dms = []
     if scales is not None:
-        pairs = [skinny.dora_grads(dy, out, k) for dy, out, k in zip(dys, outs, _split(scales, weights))]
+        pairs = [skinny.dora_grads(dy, rows_of(out), k) for dy, out, k in zip(dys, outs, scales.split(ns))]
         dys = [dz for dz, _ in pairs]
-        divisors = _split(norms if x.dtype == torch.float16 else norms * scales, weights)
+        divisors = (norms if x.dtype == torch.float16 else norms * scales).split(ns)
         dms = [total / by for (_, total), by in zip(pairs, divisors)]
-    if need_adapters:
-        das = skinny.das_of(x, du, layout, like, dropout, seeds)
-    else:
-        das = [x.new_empty(0) for _ in weights]
-    dws = [dy.T @ x if need_weights else x.new_empty(0) for dy in dys]
+    da = skinny.das_of(x, du, layout, like, dropout, seeds) if need_adapters else x.new_empty(0)
+    dws = [dy.T @ x for dy in dys] if need_weights else []
     if need_x:
-        dx = _input_gradient(dys, _dense(weights, fp8_scales, blocks, x.dtype), du, a, layout, seeds, dropout)
+        weights = _dense(weights, fp8_scales, blocks, x.dtype)
+        dx = input_gradient(dys, weights, du, a, layout, dropout, seeds, shape)
     else:
         dx = x.new_empty(0)
-    return [dx, *(g for four in zip(dws, das, dbs, dms) for g in four)]
-
-
-def _input_gradient(dys, weights, du, a, layout: Layout, seeds, dropout: float) -> Tensor:
-    first = 0 if dropout else 1
-    if dropout:
-        dx = du.new_empty((du.shape[0], a.shape[1]))
-        for j, part in enumerate(layout.parts(du)):
-            rows = a[j * layout.padded :][: layout.width]
-            skinny.expand(part, rows, dx, j > 0, dropout, seeds[j:])
-    else:
-        dx = _product(dys[0], weights[0], du, a, True)
-    for dy, w in zip(dys[first:], weights[first:]):
-        dx.addmm_(dy, w)
-    return dx
+    return [dx, da, db, *dws, *dms]
 
 
 def _backward_fake(
     dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, scalings, dropout, fp8_scales, blocks, need_x, need_ws,
     need_adapters,
 ):  # fmt: skip
-    like, rank, nothing = many_a[0], many_a[0].shape[0], lambda: x.new_empty(0)
-    found = [torch.empty_like(x) if need_x else nothing()]
-    for w in weights:
-        da = like.new_empty((rank, x.shape[1])) if need_adapters else nothing()
-        dm = nothing() if scales is None else x.new_empty(w.shape[0], dtype=torch.float32)
-        found += [x.new_empty(w.shape) if need_ws else nothing(), da, like.new_empty((w.shape[0], rank)), dm]
-    return found
+    like, rank = many_a[0], many_a[0].shape[0]
+    dx = x.new_empty(x.shape if need_x else 0)
+    da = like.new_empty((len(weights), rank, x.shape[-1])) if need_adapters else x.new_empty(0)
+    db = like.new_empty((sum(w.shape[0] for w in weights), rank))
+    dws = [x.new_empty(w.shape) for w in weights] if need_ws else []
+    dms = [] if scales is None else [x.new_empty(w.shape[0], dtype=torch.float32) for w in weights]
+    return [dx, da, db, *dws, *dms]
 
 
 def _setup_context(ctx, inputs, output):
@@ -217,6 +178,8 @@ def _setup_context(ctx, inputs, output):
     fp8_scales = _given(*inputs[13:16])
     ctx.count = count = len(weights)
     ctx.mark_non_differentiable(*output[count:])
+    # zeros for t would be made in every backward
+    ctx.set_materialize_grads(False)
     ctx.with_seeds, ctx.fp8 = seeds is not None, len(fp8_scales)
     t, *kept = output[count:]
     if kept:
@@ -233,20 +196,19 @@ def _gradients(ctx, run_backward, *grads):
     weights, many_a, many_b = (rest[i * count : (i + 1) * count] for i in range(3))
     kept = rest[3 * count :]
     norms, scales, outs = (kept[0], kept[1], kept[2:]) if kept else (None, None, [])
-    dx, *found = run_backward(
-        *(list(grads[:count]), x, weights, many_a, many_b, t, outs, norms, scales, seeds, ctx.scalings),
-        *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])),
+    dys = [x.new_zeros((*x.shape[:-1], w.shape[0])) if dy is None else dy for dy, w in zip(grads, weights)]
+    need_weights, need_adapters = any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])
+    dx, da, db, *found = run_backward(
+        *(dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, ctx.scalings),
+        *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], need_weights, need_adapters),
     )
-    fours = [found[4 * j : 4 * j + 4] for j in range(count)]
-    dms = [four[3].to(dtype) for four, dtype in zip(fours, ctx.magnitudes)]
-    flat = [
-        dx,
-        *(g for four in fours for g in four[:3]),
-        *[None] * (3 * (MOST - count)),
-        *dms,
-        *[None] * (MOST - len(dms)),
-    ]
-    return *(g if needed else None for g, needed in zip(flat, needs)), *[None] * 7
+    nothing = [None] * MOST
+    dws, dms = (found[:count], found[count:]) if need_weights else (nothing, found)
+    # views of one tensor: the op itself may not return two of the same memory
+    das, dbs = da.unbind() if need_adapters else nothing, db.split([w.shape[0] for w in weights])
+    flat = [dx, *(g for of_one in zip(dws, das, dbs) for g in of_one), *[None] * (3 * (MOST - count))]
+    flat += [dm.to(dtype) for dm, dtype in zip(dms, ctx.magnitudes)]
+    return *(g if needed else None for g, needed in zip(flat, needs)), *[None] * (len(needs) - len(flat))
 
 
 _lora = fused_op(
@@ -328,12 +290,10 @@ def lora_linears(
     flat = [t for w, p in zip(weights, layers) for t in (w, p.A, p.B)] + [None] * (3 * missing)
     blocks = [n for p in layers for n in _block(p)]
     magnitudes = [p.magnitude for p in layers] + [None] * missing
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     scalings = [float(p.scaling) for p in layers]
     fp8_scales += [None] * missing
-    outputs = _lora(rows, *flat, *magnitudes, *fp8_scales, seeds, scalings, float(dropout_p), blocks)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]
+    outputs = _lora(x, *flat, *magnitudes, *fp8_scales, seeds, scalings, float(dropout_p), blocks)
+    return list(outputs[: len(layers)])
 
 
 def lora_linear(
@@ -358,6 +318,11 @@ def _block(layer: Adapted) -> tuple[int, int]:
     return layer.block_size or (WHOLE, WHOLE)
 
 
+def _shapes(x: Tensor, layer: Adapted) -> str:
+    w, a, b = layer.weight, layer.A, layer.B
+    return f"got x {tuple(x.shape)}, weight {tuple(w.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)}"
+
+
 def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
     if not 1 <= len(layers) <= MOST:
         raise ValueError(f"lora_linear: takes 1 to {MOST} layers of one input, got {len(layers)}")
@@ -366,15 +331,17 @@ def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
     first = layers[0].A
     for layer in layers:
         w, a, b = layer.weight, layer.A, layer.B
-        shapes = f"got x {tuple(x.shape)}, weight {tuple(w.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)}"
         if not w.dim() == a.dim() == b.dim() == 2 or x.dim() == 0:
-            raise ValueError(f"lora_linear: needs x (..., K), weight (N, K), A (R, K), B (N, R), {shapes}")
-        if not (x.shape[-1] == w.shape[1] == a.shape[1] and w.shape[0] == b.shape[0] and a.shape[0] == b.shape[1]):
-            raise ValueError(f"lora_linear: needs x (..., K), weight (N, K), A (R, K), B (N, R), {shapes}")
-        if not 1 <= a.shape[0] <= skinny.MAX_RANK:
-            raise ValueError(f"lora_linear: a rank from 1 to {skinny.MAX_RANK}, {shapes}")
-        if a.shape[0] != first.shape[0] or a.dtype != first.dtype or b.dtype != first.dtype:
-            raise ValueError(f"lora_linear: layers of one input need adapters of one rank and dtype, {shapes}")
+            raise ValueError(f"lora_linear: needs x (..., K), weight (N, K), A (R, K), B (N, R), {_shapes(x, layer)}")
+        (n, k), (rank, width) = w.shape, a.shape
+        if not (x.shape[-1] == k == width and b.shape == (n, rank)):
+            raise ValueError(f"lora_linear: needs x (..., K), weight (N, K), A (R, K), B (N, R), {_shapes(x, layer)}")
+        if not 1 <= rank <= skinny.MAX_RANK:
+            raise ValueError(f"lora_linear: a rank from 1 to {skinny.MAX_RANK}, {_shapes(x, layer)}")
+        if rank != first.shape[0] or a.dtype != first.dtype or b.dtype != first.dtype:
+            raise ValueError(
+                f"lora_linear: layers of one input need adapters of one rank and dtype, {_shapes(x, layer)}"
+            )
         if layer.weight_scale is not None:
             check_fp8("lora_linear", w, layer.weight_scale, layer.block_size)
         if (layer.weight_scale is None and w.dtype != x.dtype) or a.dtype not in (x.dtype, torch.float32):
@@ -389,7 +356,11 @@ def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
         if layer.magnitude.shape != w.shape[:1] or layer.magnitude.dtype != layers[0].magnitude.dtype:
             raise ValueError(
                 f"dora_linear: magnitudes must be (N,) of one dtype, got {tuple(layer.magnitude.shape)} "
-                f"{layer.magnitude.dtype}, {shapes}"
+                f"{layer.magnitude.dtype}, {_shapes(x, layer)}"
+            )
+        if layer.magnitude.device != x.device:
+            raise ValueError(
+                f"dora_linear: magnitude is on {layer.magnitude.device}, x on {x.device}; move it with .to()"
             )
         if dropout_p:
             raise ValueError(

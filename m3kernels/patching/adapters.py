@@ -4,7 +4,7 @@ Adapters can be added, switched, merged and unloaded after patching: a layer is 
 cover runs PEFT's own forward, and that is logged. Off the GPU PEFT's own forward runs too.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ LAYER = ("peft.tuners.lora.layer", "Linear")
 DORA = ("peft.tuners.lora.variants", "DoraLinearVariant")
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """What a layer computes: the op's arguments, and a bias to be added."""
 
     adapted: Adapted
@@ -147,8 +146,45 @@ def has_active(layer: nn.Module) -> bool:
     return bool(_active(layer))
 
 
+def _is_bare(module: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether a part is a plain module of a kind, without a bias, hooks or a forward of its own."""
+    if type(module) is not kind:
+        return False
+    its = module.__dict__
+    hooks = its["_forward_hooks"] or its["_forward_pre_hooks"] or its["_backward_hooks"] or its["_backward_pre_hooks"]
+    return not hooks and "forward" not in its and its["_parameters"].get("bias") is None
+
+
+def _usual(layer: nn.Module, x: Tensor) -> Planned | None:
+    """The plan of a call that is like nearly all: one LoRA adapter on a linear layer, nothing special; None: look closer.
+
+    Asks what :func:`why_not` asks, but takes parts from where nn.Module keeps them, in a fourth of the host time.
+    """
+    names, parts = layer.active_adapters, layer._modules
+    name = names[0] if len(names) == 1 else None
+    a, b, drop = (parts[group]._modules.get(name) for group in ("lora_A", "lora_B", "lora_dropout"))
+    base, kind = parts["base_layer"], type(drop)
+    if kind not in (nn.Identity, nn.Dropout) or nn.modules.module._has_any_global_hook():
+        return None
+    p = float(drop.p) if kind is nn.Dropout and drop.training else 0.0
+    if not (_is_bare(base) and _is_bare(a) and _is_bare(b) and _is_bare(drop, kind)) or not 0 <= p < 1:
+        return None
+    if layer.disable_adapters or layer.merged or name in layer.lora_variant or getattr(layer, "fan_in_fan_out", False):
+        return None
+    weights = weight, a, b = [part._parameters.get("weight") for part in (base, a, b)]
+    if not all(type(w) is nn.Parameter and w.device == x.device for w in weights):
+        return None
+    if weight.dtype != x.dtype or a.dtype != b.dtype or a.dtype not in (x.dtype, torch.float32):
+        return None
+    if a.shape[0] > MAX_RANK or torch.is_autocast_enabled(x.device.type):
+        return None
+    return Planned(Adapted(weight, a, b, layer.scaling[name]), None, p)
+
+
 def _plan(layer: nn.Module, x: Tensor) -> Planned | None:
     """What a call of the layer computes, or None where PEFT's own forward shall."""
+    if not torch.compiler.is_compiling() and (usual := _usual(layer, x)):
+        return usual
     names = _active(layer)
     if not names:
         return None
@@ -182,8 +218,9 @@ def project(parent: nn.Module, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         return [layer(x) for layer in layers]
     plans = [_plan(layer, x) if is_adapted(layer) and not has_hooks(layer) else None for layer in layers]
     outputs = [None if plan else layer(x) for plan, layer in zip(plans, layers)]
+    kinds = [plan and plan.alike for plan in plans]
     while waiting := [i for i, plan in enumerate(plans) if plan and outputs[i] is None]:
-        group = [i for i in waiting if plans[i].alike == plans[waiting[0]].alike][:MOST]
+        group = [i for i in waiting if kinds[i] == kinds[waiting[0]]][:MOST]
         for i, y in zip(group, _compute(x, [plans[i] for i in group])):
             outputs[i] = y
     return outputs

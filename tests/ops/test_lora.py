@@ -166,6 +166,49 @@ def test_inputs_that_need_no_gradient_cost_none(monkeypatch):
     assert len(seen) == 1 and da.any() and db.any()
 
 
+def test_an_output_that_is_not_used_has_no_gradient():
+    x, layers = layers_of(32, (40, 24), 6, torch.float32, torch.float32)
+    wanted = [x, layers[0].A, layers[1].A, layers[1].B]
+    ours = torch.autograd.grad(lora_linears(x, layers)[1].sum(), wanted)
+    theirs = torch.autograd.grad(plain(x, layers)[1].sum(), wanted, allow_unused=True)
+    assert not ours[1].any() and theirs[1] is None
+    for i in (0, 2, 3):
+        torch.testing.assert_close(ours[i], theirs[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lay", ["transposed", "every second row", "one token", "expanded"])
+def test_inputs_may_lie_in_any_way(lay):
+    """Launches are kept by shapes and strides: what lies differently must not meet another's."""
+    _, layers = layers_of(32, (40, 24), 6, torch.float32, torch.float32)
+    x = torch.randn(32, 9, device=DEVICE)
+    x = {
+        "transposed": x.T,
+        "every second row": torch.randn(2, 10, 32, device=DEVICE)[:, ::2],
+        "one token": torch.randn(1, 5, 32, device=DEVICE).transpose(0, 1),
+        "expanded": torch.randn(1, 32, device=DEVICE).expand(7, 32),
+    }[lay].requires_grad_()
+    for _ in range(2):
+        for given in (x, x.detach().contiguous().requires_grad_()):
+            ours, theirs = (run(function, given, layers) for function in (lora_linears, plain))
+            for a, e in zip(ours, theirs):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_that_moved_are_found_where_they_are():
+    """An optimizer writes in place, a load or ``.to()`` moves: nothing is kept but shapes."""
+    x, layers = layers_of(32, (40, 24), 6, torch.float32, torch.float32)
+    before = run(lora_linears, x, layers)
+    with torch.no_grad():
+        for p in layers:
+            p.A.mul_(2)
+            p.B.data = p.B.data.clone() * 0.5
+            p.weight.data = torch.cat([torch.zeros(1, 32, device=DEVICE), p.weight.data])[1:]
+    after, truth = run(lora_linears, x, layers), run(plain, x, layers)
+    assert not torch.equal(before[4], after[4])
+    for a, t in zip(after, truth):
+        torch.testing.assert_close(a, t, rtol=1e-4, atol=1e-4)
+
+
 def test_bias_and_leading_dimensions():
     x, (layer,) = layers_of(32, (40,), 6, torch.float32, torch.float32)
     bias = torch.randn(40, device=DEVICE)

@@ -6,6 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.parity.core import Row, allowed_error, relative_error
 from m3kernels.patching import is_patched, patch, unpatch
 
@@ -143,6 +144,10 @@ def run_once(model: nn.Module, batch: dict[str, Tensor], gradients: bool = True)
     return results
 
 
+def has_fp8(model: nn.Module) -> bool:
+    return any(p.dtype == FP8 for p in model.parameters())
+
+
 def measure_model(
     model: nn.Module,
     batch: dict[str, Tensor],
@@ -150,12 +155,15 @@ def measure_model(
     *,
     truth_dtype: torch.dtype = torch.float64,
     gradients: bool = True,
+    fp8: nn.Module | None = None,
 ) -> list[Row]:
     """Rows for one model, left as it was found (patched or not).
 
     Args:
         truth_dtype: of the unpatched copy that counts as the truth; fp32 for models whose fp64 copy would not fit.
         gradients: also compare gradients (needs memory for three sets of them).
+        fp8: the model with its weights in FP8, to be patched in its stead; ``model`` then has them dequantised, and what is in
+            FP8 gets no gradient in either.
 
     A model is a chain of many roundings, where an early difference of one rounding grows: loss and logits may
     differ from eager's in either direction by about the error itself, hence the same factor as for single ops.
@@ -163,14 +171,19 @@ def measure_model(
     was_patched = is_patched(model)
     training = model.training
     unpatch(model)
+    in_fp8 = set() if fp8 is None else {name for name, p in fp8.named_parameters() if p.dtype == FP8}
+    for name, parameter in model.named_parameters():
+        if name in in_fp8:
+            parameter.requires_grad_(False)
     eager = run_once(model, batch, gradients)
     wide = copy.deepcopy(model).to(truth_dtype)
     truth = run_once(wide, batch, gradients)
     del wide
-    patch(model)
-    ours = run_once(model, batch, gradients)
+    patched = model if fp8 is None else fp8
+    patch(patched)
+    ours = run_once(patched, batch, gradients)
     if not was_patched:
-        unpatch(model)
+        unpatch(patched)
     model.train(training)
     rows = []
     for name, t in truth.items():
