@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import m3kernels
 from m3kernels.bench.peers import OURS
+from m3kernels.patching.adapters import is_adapted
 from m3kernels.patching.api import unwrap
 
 Part = Callable[[nn.Module], AbstractContextManager]
@@ -25,6 +26,7 @@ Part = Callable[[nn.Module], AbstractContextManager]
 FA4 = "m3k_bench_fa4"
 # one shape a cell; a graph break would silently hand part of a layer back to eager
 COMPILE = {"fullgraph": True, "dynamic": False}
+NATIVE = f"{OURS} native"
 _MISSING = object()
 
 
@@ -76,6 +78,47 @@ def ours(model: nn.Module) -> Iterator[None]:
         if slow and next(unwrap(model).parameters()).is_cuda:
             raise ImportError(f"m3kernels would run as {', '.join(sorted(slow))}")
         yield
+
+
+@contextmanager
+def native(model: nn.Module) -> Iterator[None]:
+    """Our own Ministral 3, patched, in place of Hugging Face's forward, on the very parameters and adapters of the model.
+
+    It recomputes where the model does, as far as "attention" asks: its output is kept.
+    """
+    from m3kernels.models.ministral3 import Config, Ministral3
+    from m3kernels.models.ministral3.recompute import set_recompute
+    from m3kernels.models.ministral3.weights import runtime_name
+
+    base = unwrap(model)
+    with torch.device("meta"):
+        twin = Ministral3(Config.from_hf(base.config))
+    for name, module in list(base.named_modules()):
+        if is_adapted(module):
+            parent, _, leaf = runtime_name(name).rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, module)
+    for name, parameter in base.named_parameters():
+        if ".lora_" not in name and ".base_layer." not in name:
+            parent, _, leaf = runtime_name(name).rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, parameter)
+    if Config.from_hf(base.config).tied:
+        twin.lm_head.weight = twin.get_input_embeddings().weight
+    twin.train(base.training)
+    set_recompute(twin, "attention" if base.is_gradient_checkpointing else "none")
+    with ours(twin), attribute(base, "forward", twin.forward), attention_named(base, OURS):
+        yield
+
+
+@contextmanager
+def attention_named(base: nn.Module, name: str) -> Iterator[None]:
+    """What the config says of the attention inside the block; nobody reads it there but the report."""
+    config = base.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
 
 
 @contextmanager
@@ -284,10 +327,11 @@ PEERS: dict[str, tuple[Part, ...]] = {
     "hf+compile-whole+fa4": (fa4, compiled_whole),
     OURS: (ours,),
     f"{OURS}+fa4": (ours, fa4),
+    NATIVE: (native,),
 }
 # without FA4, compiling with the model's own attention stands in for compiling with it; the whole forward is for asking
 ON_REQUEST = ("hf+compile", "hf+compile-whole+fa4")
-QUICK = ("hf", "hf+liger", "hf+compile+fa4", OURS, f"{OURS}+fa4")
+QUICK = ("hf", "hf+liger", "hf+compile+fa4", OURS, f"{OURS}+fa4", NATIVE)
 
 
 def default_peers(quick: bool) -> tuple[str, ...]:

@@ -132,7 +132,8 @@ CELLS = (
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.label)
 def test_every_kind_of_cell_runs_and_who_is_missing_says_so(monkeypatch, cell):
     rows = rows_of(monkeypatch, cell, peers=tuple(p for p in train.PEERS if "compile" not in p or "fa4" in p))
-    for peer in ("hf", "m3kernels"):
+    runs = ("hf", "m3kernels", train_peers.NATIVE)
+    for peer in runs:
         row = rows[peer]
         assert row["status"] == "ok" and row["reason"] == "" and row["samples"] >= 2, row
         assert row["p20"] <= row["ms"] <= row["p80"] and row["tokens_per_s"] == pytest.approx(64e3 / row["ms"])
@@ -141,7 +142,7 @@ def test_every_kind_of_cell_runs_and_who_is_missing_says_so(monkeypatch, cell):
         assert row["peak_gib"] > row["weights_gib"] > 0 and 5 < row["loss"] < 8 and row["reference"] == "hf"
         assert all(row[f"{name}_error"] <= bound / 2 for name, bound in train.BOUND.items())
     assert rows["hf"]["grad_error"] == 0 < rows["m3kernels"]["grad_error"]
-    for peer in rows.keys() - {"hf", "m3kernels"}:
+    for peer in rows.keys() - set(runs):
         assert rows[peer]["status"] == "missing" and "ModuleNotFoundError" in rows[peer]["reason"]
         assert rows[peer]["ms"] is None and rows[peer]["samples"] == 0
 
