@@ -25,6 +25,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import torch
+
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "m3kernels"]
 # what the other ranks get to notice that one has failed: gloo tells them at once
 GRACE_S = 3.0
@@ -45,8 +47,10 @@ class Pool:
     """Worker processes, and the jobs that run on them one after the other."""
 
     def __init__(self):
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        # a process that has looked for GPUs cannot be forked into one that uses them, and the preloaded modules look
+        self._context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if self._context.get_start_method() == "forkserver":
+            self._context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory(prefix="m3kernels-pool-")
         self._workers: list[_Worker] = []
         self._jobs = self._started = 0
