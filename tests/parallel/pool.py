@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -195,19 +196,28 @@ def _failure(rank: int, error: BaseException) -> bytes:
     return sent
 
 
+@cache
+def _meeting_place(port: int):
+    """The connection is kept: one in twenty takes five seconds to make."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", port, wait_for_workers=False)
+
+
 def _job(rank: int, payload: bytes, port: int, name: str, world_size: int, timeout_s: float, backend: str) -> bytes:
     """The pickled answer."""
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor import debug
 
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-    )
+    # ranks share GPUs over gloo, where there are fewer
+    local = rank % max(1, torch.cuda.device_count()) if backend == "gloo" else rank
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size))
     if backend == "nccl":
         torch.cuda.set_device(rank)
     timeout = timedelta(seconds=timeout_s)
-    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, timeout=timeout, wait_for_workers=False))
+    store = dist.PrefixStore(name, _meeting_place(port))
+    store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     # one that failed at once would close connections that another is still making
     store.set(f"connected-{rank}", "")
