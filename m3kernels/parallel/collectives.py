@@ -104,7 +104,7 @@ def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _scattered(x: Tensor, group: ProcessGroup) -> Tensor:
     rows = x.shape[0] // group.size()
-    if dist.get_backend(group) == "gloo":
+    if f"{x.device.type}:gloo" in dist.get_backend_config(group):
         # gloo has no reduce-scatter of its own: torch's stand-in is this, where the release has one at all
         return _reduced(x, group, dist.ReduceOp.SUM)[group.rank() * rows :][:rows].clone()
     out = x.new_empty((rows, *x.shape[1:]))

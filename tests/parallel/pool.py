@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="m3kernels-pool-")
         self._workers: list[_Worker] = []
         self._jobs = self._started = 0
+        self._server = None
 
     def run(self, world_size: int, function: Callable, *args, timeout_s: float = 60.0, backend: str = "gloo") -> list:
         """``function(*args)`` on every rank of a fresh process group; its results in the order of the ranks.
@@ -68,8 +70,13 @@ class Pool:
         __tracebackhide__ = True  # pytest shows the rank's lines instead
         workers = self._first(world_size)
         self._jobs += 1
-        store = str(Path(self._folder.name) / f"store-{self._jobs}")
-        options = {"store": store, "world_size": world_size, "timeout_s": timeout_s, "backend": backend}
+        options = {
+            "port": self._store().port,
+            "name": f"job-{self._jobs}",
+            "world_size": world_size,
+            "timeout_s": timeout_s,
+            "backend": backend,
+        }
         payload = pickle.dumps((function, args))
         for rank, worker in enumerate(workers):
             worker.connection.send((sys.path, rank, options, payload))
@@ -103,6 +110,14 @@ class Pool:
                 if not answer.succeeded:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         return answers
+
+    def _store(self):
+        """The ranks' meeting place, a server here on a free port: each job uses names of its own."""
+        if self._server is None:
+            from torch.distributed import TCPStore
+
+            self._server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self._server
 
     def _first(self, n: int) -> list[_Worker]:
         self._workers = [w for w in self._workers if w.process.is_alive()]
@@ -140,7 +155,7 @@ class Pool:
             worker.process.join(GRACE_S)
             if worker.process.is_alive():
                 self._killed(worker)
-        self._workers = []
+        self._workers, self._server = [], None
 
 
 @dataclass
@@ -185,19 +200,32 @@ def _failure(rank: int, error: BaseException) -> bytes:
     return sent
 
 
-def _job(rank: int, payload: bytes, store: str, world_size: int, timeout_s: float, backend: str) -> bytes:
+@cache
+def _meeting_place(port: int):
+    """The connection is kept: one in twenty takes five seconds to make."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", port, wait_for_workers=False)
+
+
+def _job(rank: int, payload: bytes, port: int, name: str, world_size: int, timeout_s: float, backend: str) -> bytes:
     """The pickled answer."""
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor import debug
 
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-    )
+    # ranks share GPUs over gloo, where there are fewer
+    local = rank % max(1, torch.cuda.device_count()) if backend == "gloo" else rank
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size))
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    file = dist.FileStore(store, world_size)
-    dist.init_process_group(backend, store=file, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.PrefixStore(name, _meeting_place(port))
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # one that failed at once would close connections that another is still making
+    store.set(f"connected-{rank}", "")
+    store.wait([f"connected-{r}" for r in range(world_size)])
     try:
         function, args = pickle.loads(payload)
         torch.manual_seed(0)

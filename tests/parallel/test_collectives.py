@@ -119,21 +119,22 @@ def test_differentiable_twice():
     assert run(2, second_derivatives) == [True, True]
 
 
-def values(dtype):
+def values(dtype, device):
     group, rank = dist.group.WORLD, dist.get_rank()
-    x = torch.arange(8).view(4, 2).add(rank).to(dtype)
+    x = torch.arange(8).view(4, 2).add(rank).to(device, dtype)
     before = x.clone()
     found = (all_gather_tokens(x, group), reduce_scatter_tokens(x, group), all_reduce_sum(x, group),
              all_reduce_max(x, group), copy_to_ranks(x, group))  # fmt: skip
     strided = all_gather_tokens(x.t(), group), reduce_scatter_tokens(x.t(), group)
     assert torch.equal(x, before)
+    found, strided = ([t.cpu() for t in tensors] for tensors in (found, strided))
     return found, strided, (rank_in(group), size_of(group))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
-def test_values_and_dtypes(dtype):
+def test_values_and_dtypes(dtype, device):
     x = torch.arange(8).view(4, 2)
-    for rank, (found, strided, place) in enumerate(run(2, values, dtype)):
+    for rank, (found, strided, place) in enumerate(run(2, values, dtype, device)):
         both, total = torch.cat([x, x + 1]), 2 * x + 1
         wanted = both, total[2 * rank :][:2], total, x + 1, x + rank
         for f, w in zip(found, wanted, strict=True):
@@ -141,6 +142,16 @@ def test_values_and_dtypes(dtype):
         assert torch.equal(strided[0], torch.cat([x.t(), x.t() + 1]).to(dtype))
         assert torch.equal(strided[1], total.t()[rank : rank + 1].to(dtype))
         assert place == (rank, 2)
+
+
+def mixed_backends():
+    """As ``init_process_group()`` makes its groups: a backend for each type of device."""
+    group = dist.new_group(backend="cpu:gloo")
+    return reduce_scatter_tokens(torch.arange(4), group).tolist()
+
+
+def test_a_group_of_several_backends():
+    assert run(2, mixed_backends) == [[0, 2], [4, 6]]
 
 
 def no_gradient_of_max():
