@@ -87,6 +87,8 @@ def _own_model_rows(args: argparse.Namespace, device: str) -> list:
             print(f"note: on {device} transformers dequantises FP8 checkpoints: FP8 layers are not checked")
         options["quantization_config"] = FineGrainedFP8Config(**{**quantization, "dequantize": True})
     model = auto.from_pretrained(args.model, **options).to(device)
+    if fp8 is not None:
+        _dequantise_exactly(model, args.model, options["dtype"])
     parameters = sum(p.numel() for p in model.parameters())
     # an fp64 copy with gradients takes 16 bytes a parameter
     truth = torch.float64 if parameters < 1e9 else torch.float32
@@ -94,6 +96,16 @@ def _own_model_rows(args: argparse.Namespace, device: str) -> list:
         truth = torch.float64
     batch = text_batch(model, device, args.tokens)
     return measure_model(model, batch, args.model, truth_dtype=truth, gradients=not args.no_gradients, fp8=fp8)
+
+
+def _dequantise_exactly(model: torch.nn.Module, folder: str, dtype: torch.dtype | str) -> None:
+    """The weights of a checkpoint in one dtype: transformers 5.17 dequantises to bf16 whatever was asked for."""
+    from m3kernels.models.ministral3.weights import Checkpoint, runtime_name
+
+    checkpoint = Checkpoint.open(folder)
+    dtype = checkpoint.float_dtype if dtype == "auto" else dtype
+    for name, parameter in model.named_parameters():
+        parameter.data = checkpoint.read(runtime_name(name), dtype=dtype).to(parameter.device)
 
 
 def _progress():
