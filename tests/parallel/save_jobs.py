@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from model_jobs import batches, whole
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from m3kernels.models.ministral3 import Ministral3, convert
@@ -136,3 +137,39 @@ def load_native(folder: str, native: str, tp: int, dp: int) -> dict:
         del state["lm_head.weight"]
     dcp.load(state, storage_reader=HuggingFaceStorageReader(native))
     return {name: whole(p).detach() for name, p in model.named_parameters()}
+
+
+def state_of(model: Ministral3, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    moments = {
+        f"{name} {key}": whole(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    return moments | parameters(model)
+
+
+def stepped(folder: str, tp: int, dp: int, seed: int) -> tuple[Ministral3, torch.optim.Optimizer]:
+    mesh = make_mesh(tp, dp, device_type="cpu")
+    model = Ministral3.from_pretrained(folder, mesh=mesh).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01 * seed)
+    (batch,) = batches(model, "vlm", 1, dist.get_rank() // tp, dp)
+    (seed * model(**batch).loss).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save_run(folder: str, checkpoint: str, tp: int, dp: int) -> dict[str, Tensor]:
+    """As docs/checkpoints.md has it."""
+    model, optimizer = stepped(folder, tp, dp, 1)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
+    return state_of(model, optimizer)
+
+
+def load_run(folder: str, checkpoint: str, tp: int, dp: int) -> dict[str, Tensor]:
+    """Over another state."""
+    model, optimizer = stepped(folder, tp, dp, 2)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return state_of(model, optimizer)

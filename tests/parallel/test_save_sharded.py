@@ -97,3 +97,12 @@ def test_a_native_folder_goes_into_any_shards(folder, tmp_path, tp, dp):
     whole = Ministral3.from_pretrained(tmp_path / "native")
     for state in run(tp * dp, jobs.load_native, folder, str(tmp_path / "native"), tp, dp):
         assert_holds(whole, state)
+
+
+@pytest.mark.parametrize("saved, loaded", [((2, 1), (1, 2)), ((2, 2), (4, 1))])
+def test_a_run_goes_on_in_another_layout(folder, tmp_path, saved, loaded):
+    """Weights and the optimizer's moments, of tied models too."""
+    checkpoint = str(tmp_path / "run")
+    want, *_ = run(saved[0] * saved[1], jobs.save_run, folder, checkpoint, *saved)
+    for state in run(loaded[0] * loaded[1], jobs.load_run, folder, checkpoint, *loaded):
+        assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
