@@ -17,6 +17,9 @@ def like(hf: nn.Module) -> Ministral3:
     with torch.device("meta"):
         model = Ministral3(Config.from_hf(copy.deepcopy(hf.config)))
     model = model.to_empty(device=parameter.device).to(parameter.dtype)
+    if model.config.tied:
+        # to_empty has made two of them
+        model.lm_head.weight = model.get_input_embeddings().weight
     missing, extra = model.load_state_dict(state, strict=True)
     assert not missing and not extra
     return model.train(hf.training)
