@@ -36,9 +36,12 @@ FP16_SCALE = 1024.0
 
 @triton.jit
 def vocab_parallel_stats_kernel(
-    p_logits, p_label, p_top, p_total, p_target, row_stride, vocab, start, ignore_index, BLOCK: tl.constexpr
+    p_logits, p_label, p_top, p_total, p_target, row_stride, real, start, ignore_index, BLOCK: tl.constexpr
 ):
-    """A row's largest logit, the sum of exponentials below it, and the label's logit (0 where another rank has it)."""
+    """A row's largest logit, the sum of exponentials below it, and the label's logit (0 where another rank has it).
+
+    ``real`` columns count, the first of those that are here: -1e30 and 0 where all of them are padding.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(p_label + row).to(tl.int64)
@@ -51,16 +54,16 @@ def vocab_parallel_stats_kernel(
         # each lane keeps its own running maximum: no reduction across threads inside the loop
         b_top = tl.full([BLOCK], -1e30, tl.float32)
         b_total = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, vocab, BLOCK):
+        for first in range(0, real, BLOCK):
             o_col = first + o_lane
-            x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
+            x = tl.load(p_row + o_col, mask=o_col < real, other=-float("inf")).to(tl.float32)
             b_new = tl.maximum(b_top, x)
             b_total = b_total * tl.exp2((b_top - b_new) * LOG2E) + tl.exp2((x - b_new) * LOG2E)
             b_top = b_new
         top = tl.max(b_top, axis=0)
         total = tl.sum(b_total * tl.exp2((b_top - top) * LOG2E), axis=0)
         column = label - start
-        target = tl.load(p_row + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
+        target = tl.load(p_row + column, mask=(column >= 0) & (column < real), other=0.0).to(tl.float32)
     tl.store(p_top + row, top)
     tl.store(p_total + row, total)
     tl.store(p_target + row, target)
@@ -68,9 +71,9 @@ def vocab_parallel_stats_kernel(
 
 @triton.jit
 def vocab_parallel_dlogits_kernel(
-    p_logits, p_label, p_top, p_total, p_scale, row_stride, vocab, start, ignore_index, BLOCK: tl.constexpr
+    p_logits, p_label, p_top, p_total, p_scale, row_stride, vocab, real, start, ignore_index, BLOCK: tl.constexpr
 ):
-    """A row of logits becomes its gradient, given the maximum and the sum over all ranks."""
+    """A row of logits becomes its gradient, given the maximum and the sum over all ranks; zero where padding is."""
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(p_label + row).to(tl.int64)
@@ -86,7 +89,7 @@ def vocab_parallel_dlogits_kernel(
         column = label - start
         for first in range(0, vocab, BLOCK):
             o_col = first + o_lane
-            x = tl.load(p_row + o_col, mask=o_col < vocab, other=-float("inf")).to(tl.float32)
+            x = tl.load(p_row + o_col, mask=o_col < real, other=-float("inf")).to(tl.float32)
             # the true class is subtracted in fp32, before the one rounding
             d = factor * tl.exp2((x - top) * LOG2E) - tl.where(o_col == column, 1.0, 0.0)
             tl.store(p_row + o_col, (d * scale).to(p_logits.dtype.element_ty), mask=o_col < vocab)
@@ -94,10 +97,16 @@ def vocab_parallel_dlogits_kernel(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Labels of a chunk's rows, and what of the vocabulary is here; the kernels' launches and their plain PyTorch form."""
+    """Labels of a chunk's rows, and what of the vocabulary is here; the kernels' launches and their plain PyTorch form.
+
+    Attributes:
+        start: the first of this rank's columns in the whole vocabulary.
+        real: how many of them are no padding, which stands at their end.
+    """
 
     labels: Tensor
     start: int
+    real: int
     ignore_index: int
     kernels: bool
 
@@ -105,10 +114,11 @@ class _Chunk:
         """(top, total, target) of each row of this rank's logits."""
         if self.kernels:
             top, total, target = logits.new_empty((3, len(logits)), dtype=torch.float32)
-            self._launch(vocab_parallel_stats_kernel, logits, top, total, target)
+            self._launch(vocab_parallel_stats_kernel, logits, (top, total, target), (self.real,))
             return top, total, target
-        x = logits.to(wide)
-        top = x.amax(1)
+        x = self.unpadded(logits.to(wide))
+        # finite, where all of them are padding
+        top = x.amax(1).clamp_(min=-1e30)
         column, here = self.columns(logits.shape[1])
         target = x.gather(1, column[:, None]).squeeze(1)
         return top, (x - top[:, None]).exp_().sum(1), target.where(here, 0)
@@ -116,12 +126,18 @@ class _Chunk:
     def to_gradient(self, logits: Tensor, top: Tensor, total: Tensor, scale: Tensor) -> None:
         """``logits`` in place, given the maximum and the sum over all ranks."""
         if self.kernels:
-            self._launch(vocab_parallel_dlogits_kernel, logits, top, total, scale)
+            self._launch(vocab_parallel_dlogits_kernel, logits, (top, total, scale), (logits.shape[1], self.real))
             return
-        d = (logits.to(top.dtype) - top[:, None]).exp_() / total[:, None]
+        d = (self.unpadded(logits.to(top.dtype)) - top[:, None]).exp_() / total[:, None]
         column, here = self.columns(logits.shape[1])
         d.scatter_add_(1, column[:, None], -here.to(d.dtype)[:, None])
         logits.copy_((d * scale).masked_fill_(~self.counts()[:, None], 0))
+
+    def unpadded(self, x: Tensor) -> Tensor:
+        """Logits that are -inf where padding is."""
+        if self.real == x.shape[1]:
+            return x
+        return x.masked_fill(torch.arange(x.shape[1], device=x.device) >= self.real, -torch.inf)
 
     def counts(self) -> Tensor:
         return self.labels != self.ignore_index
@@ -131,16 +147,16 @@ class _Chunk:
         column = self.labels - self.start
         return column.clamp(0, v - 1), self.counts() & (column >= 0) & (column < v)
 
-    def _launch(self, kernel, logits: Tensor, *rows: Tensor) -> None:
-        vocab = logits.shape[1]
-        config = row_config(vocab)
-        args = (logits, self.labels, *rows, logits.stride(0), vocab, self.start, self.ignore_index)
+    def _launch(self, kernel, logits: Tensor, rows: tuple[Tensor, ...], columns: tuple[int, ...]) -> None:
+        config = row_config(logits.shape[1])
+        args = (logits, self.labels, *rows, logits.stride(0), *columns, self.start, self.ignore_index)
         launch(OP, kernel, (len(logits),), *args, BLOCK=config.block, num_warps=config.warps)
 
 
 @dataclass(frozen=True)
 class _Options:
     group: ProcessGroup | None
+    vocab_size: int
     ignore_index: int
     chunk_tokens: int
     kernels: bool
@@ -164,6 +180,7 @@ def _run(
     """
     (rows, width), v, wide, step = hidden.shape, weight.shape[0], scale.dtype, options.chunk_tokens
     start = rank_in(options.group) * v
+    real = min(max(options.vocab_size - start, 0), v)
     losses = hidden.new_zeros(rows, dtype=wide)
     dhidden = torch.empty_like(hidden) if options.needs_dhidden else hidden.new_empty(0)
     # one chunk is rounded once, by its GEMM
@@ -173,7 +190,7 @@ def _run(
     with fp32_reductions():
         for first in range(0, rows, step):
             here = slice(first, first + step)
-            h, chunk = hidden[here], _Chunk(labels[here], start, options.ignore_index, options.kernels)
+            h, chunk = hidden[here], _Chunk(labels[here], start, real, options.ignore_index, options.kernels)
             logits = torch.mm(h, weight.t(), out=buffer[: len(h)])
             own_top, own_total, target = chunk.statistics(logits, wide)
             top = all_reduce_max(own_top, options.group)
@@ -237,6 +254,7 @@ def vocab_parallel_linear_cross_entropy(
     labels_T: Tensor,
     group: ProcessGroup | None,
     *,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     num_items: int | float | Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -250,9 +268,11 @@ def vocab_parallel_linear_cross_entropy(
         hidden_TD: (T, D) in fp64, fp32, bf16 or fp16: all tokens, the same on every rank (``all_gather_tokens``).
             Under autocast, hidden and weight are cast as ``F.linear`` would.
         weight_vD: (v, D), hidden's dtype: this rank's rows, those from rank * v on. Every rank has as many.
-        labels_T: (T,) integers in [0, v * ranks) or ``ignore_index``, one a row of hidden (shift them before), the same on
+        labels_T: (T,) integers in [0, vocab_size) or ``ignore_index``, one a row of hidden (shift them before), the same on
             every rank. Labels in host memory spare the ignored rows' arithmetic.
         group: the ranks that hold the weight; None for this process alone.
+        vocab_size: rows of the whole weight from this one on are padding: in no sum, and their gradient is zero.
+            None: there is none.
         num_items: divides the summed loss; the same on every rank. None: the labels that are not ignored, at least 1.
         chunk_tokens: rows whose logits are held at once, the same on every rank; None takes about 256 MiB of them.
         backend: "auto", "triton" or "reference".
@@ -263,7 +283,7 @@ def vocab_parallel_linear_cross_entropy(
         backward of ``all_gather_tokens`` and ``copy_to_ranks`` takes it.
 
     Raises:
-        ValueError: shapes, dtypes, devices or ``chunk_tokens`` that do not fit.
+        ValueError: shapes, dtypes, devices, ``vocab_size`` or ``chunk_tokens`` that do not fit.
         TypeError: labels that are not integers, hidden or weight not floating point, DTensors.
         IndexError: a label out of range on the host, before any collective (on CUDA a device-side assertion).
     """
@@ -277,6 +297,10 @@ def vocab_parallel_linear_cross_entropy(
         raise TypeError(f"{OP}: labels must be integers, got {labels_T.dtype}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"{OP}: chunk_tokens must be positive, got {chunk_tokens}")
+    rows = weight_vD.shape[0] * size_of(group)
+    vocab_size = rows if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= rows:
+        raise ValueError(f"{OP}: vocab_size must be in [1, {rows}], the rows of all ranks, got {vocab_size}")
     device = hidden_TD.device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -289,7 +313,7 @@ def vocab_parallel_linear_cross_entropy(
     if labels_T.device.type != "cpu" and labels_T.device != device:
         raise ValueError(f"{OP}: labels are on {labels_T.device}, hidden on {device}; move them together")
     labels_T = labels_T.long()
-    _check_labels(labels_T, weight_vD.shape[0] * size_of(group), ignore_index)
+    _check_labels(labels_T, vocab_size, ignore_index)
 
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     if num_items is None:
@@ -300,7 +324,7 @@ def vocab_parallel_linear_cross_entropy(
     inverse = (torch.ones((), dtype=wide, device=device) / num_items).to(wide)
     step = chunk_tokens or _chunk_tokens(weight_vD.shape[0], hidden_TD.dtype)
     needs = (torch.is_grad_enabled() and t.requires_grad for t in (hidden_TD, weight_vD))
-    options = _Options(group, ignore_index, step, kernels, *needs)
+    options = _Options(group, vocab_size, ignore_index, step, kernels, *needs)
     return _VocabParallelLinearCrossEntropy.apply(hidden_TD, weight_vD.contiguous(), labels_T, inverse, options)
 
 

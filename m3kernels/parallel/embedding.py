@@ -14,25 +14,31 @@ from m3kernels.parallel.collectives import rank_in, size_of
 
 
 def vocab_parallel_embedding(
-    ids_T: Tensor, weight_vD: Tensor, group: ProcessGroup | None, *, padding_idx: int | None = None
+    ids_T: Tensor,
+    weight_vD: Tensor,
+    group: ProcessGroup | None,
+    *,
+    padding_idx: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """This rank's part of the embedding of ``ids_T``.
 
     Args:
-        ids_T: (...) integers in [0, V), V = v * ranks; the same on every rank.
+        ids_T: (...) integers in [0, vocab_size); the same on every rank.
         weight_vD: (v, D), this rank's rows: those from rank * v on. Every rank has as many.
         group: the ranks that hold the table; None for a whole table.
         padding_idx: an id of the whole vocabulary whose row gets no gradient, as in ``nn.Embedding``.
+        vocab_size: rows from this one on are padding, which no id may name; None: all v * ranks rows have ids.
 
     Returns:
         (..., D) in the weight's dtype, zeros for ids of other ranks. Differentiable in ``weight_vD``, whose gradient is
         this rank's alone and whole when the gradient that arrives is that of all tokens.
 
     Raises:
-        IndexError: an id outside [0, V) (on CUDA a device-side assertion).
+        IndexError: an id outside [0, vocab_size) (on CUDA a device-side assertion).
     """
     v, start = weight_vD.shape[0], rank_in(group) * weight_vD.shape[0]
-    _check_ids(ids_T, v * size_of(group))
+    _check_ids(ids_T, v * size_of(group) if vocab_size is None else vocab_size)
     if padding_idx is not None:
         padding_idx = padding_idx - start if start <= padding_idx < start + v else None
     if size_of(group) == 1:

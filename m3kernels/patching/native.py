@@ -129,4 +129,4 @@ def _cached(self: nn.Module, q_THK: Tensor, keys: Tensor, values: Tensor, sequen
 def head_forward(self: nn.Module, x_TD: Tensor, labels_T: Tensor | None = None) -> Tensor:
     if labels_T is None:
         return original_forward(self)(self, x_TD)
-    return linear_cross_entropy(x_TD, local(self.weight), labels_T, reduction="sum")
+    return linear_cross_entropy(x_TD, self.rows(), labels_T, reduction="sum")

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -105,7 +105,12 @@ def _attention_factor(parameters: Mapping, factor: float) -> float:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model; ``head_dim`` is not hidden / heads on the 3B and the 14B."""
+    """The language model; ``head_dim`` is not hidden / heads on the 3B and the 14B.
+
+    Attributes:
+        vocab_size: ids that there are.
+        pad_vocab_to: embedding and head have rows up to a multiple of this, zeros that no id names and no logit shows.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -120,6 +125,16 @@ class TextConfig:
     sliding_window: int | None
     attention_dropout: float
     pad_token_id: int | None
+    pad_vocab_to: int = 1
+
+    def __post_init__(self):
+        if self.pad_vocab_to < 1:
+            raise ConfigError(f"pad_vocab_to is {self.pad_vocab_to}; allowed: 1 (no padding) and more")
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head, with the padding."""
+        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
 
 @dataclass(frozen=True)
@@ -177,12 +192,13 @@ class Config:
     hf: dict | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def from_hf(cls, config, *, tied: bool | None = None) -> "Config":
+    def from_hf(cls, config, *, tied: bool | None = None, pad_vocab_to: int = 1) -> "Config":
         """Reads a transformers config, or the dict of a ``config.json``.
 
         Args:
             config: of model_type "mistral3" with a "ministral3" text model, or "ministral3" alone.
             tied: whether the head is the embedding; None goes by the config's flags, at the level nearest to the text.
+            pad_vocab_to: see ``TextConfig``.
 
         Raises:
             CheckpointError: another architecture.
@@ -203,7 +219,7 @@ class Config:
         if tied is None:
             tied = config.tie_word_embeddings
         return cls(
-            text=_text(text),
+            text=replace(_text(text), pad_vocab_to=pad_vocab_to),
             vision=_vision(config) if multimodal else None,
             image_token=config.image_token_index if multimodal else None,
             tied=tied,

@@ -33,7 +33,10 @@ def load(
     with bar("load", total, progress) as advance:
         for name, parameter in parameters.items():
             part = part_of(parameter)
-            part.copy_(read_as(checkpoint, name, part.dtype, local_slices(parameter)))
+            read = read_as(checkpoint, name, part.dtype, local_slices(parameter))
+            # the file has no rows for the vocabulary's padding
+            part[: len(read)].copy_(read)
+            part[len(read) :].zero_()
             advance(part.nbytes)
 
 

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from m3kernels.models.ministral3 import tokens as packing
 from m3kernels.models.ministral3.cache import KVCache
-from m3kernels.models.ministral3.config import Config
+from m3kernels.models.ministral3.config import Config, TextConfig
 from m3kernels.models.ministral3.layers import Linear, RMSNorm
 from m3kernels.models.ministral3.text import Embedding, LanguageModel
 from m3kernels.models.ministral3.tokens import Tokens
@@ -48,8 +48,21 @@ class Head(Linear):
 
     computes_loss = False  # the fused forward goes to the loss without logits
 
+    def __init__(self, config: TextConfig):
+        super().__init__(config.hidden_size, config.vocab_rows, bias=False)
+        self.vocab_size = config.vocab_size
+        self.is_plain_linear = config.vocab_rows == config.vocab_size
+
+    def rows(self) -> Tensor:
+        """(V, D): the weight without padding; (v, D) of a sharded vocabulary, whose padding the loss knows of."""
+        weight_vD = local(self.weight)
+        # a slice of all rows would still be a step of the backward
+        if self.is_plain_linear or weight_vD.shape[0] < self.out_features:
+            return weight_vD
+        return weight_vD[: self.vocab_size]
+
     def forward(self, x_TD: Tensor, labels_T: Tensor | None = None) -> Tensor:
-        logits_TV = super().forward(x_TD)
+        logits_TV = F.linear(x_TD, self.rows())
         if labels_T is None:
             return logits_TV
         return summed_loss(logits_TV, labels_T)
@@ -87,7 +100,7 @@ class Ministral3(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.lm_head = Head(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Head(config.text)
         if config.tied:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
         self.layout = None  # set by parallelize
@@ -106,6 +119,7 @@ class Ministral3(nn.Module):
         token: str | bool | None = None,
         mesh: DeviceMesh | None = None,
         prepare: Callable[["Ministral3"], object] | None = None,
+        pad_vocab_to: int = 1,
         progress: bool = False,
         **sharding,
     ) -> "Ministral3":
@@ -116,6 +130,8 @@ class Ministral3(nn.Module):
             device: where the parameters go, one after the other.
             mesh: shards the model before a weight is read; each rank then reads its own part alone.
             prepare: is called with the model before that, while it is on the meta device: to freeze or to patch it.
+            pad_vocab_to: embedding and head get rows of zeros up to a multiple of this, for a ``mesh`` whose tensor
+                parallelism does not divide the vocabulary. Neither logits nor ``save_pretrained`` show them.
             progress: whether to show a bar.
             sharding: options of ``parallelize``.
 
@@ -128,7 +144,7 @@ class Ministral3(nn.Module):
 
         checkpoint = Checkpoint.open(source, revision=revision, token=token)
         checkpoint.check()
-        config = Config.from_hf(checkpoint.config, tied=checkpoint.tied)
+        config = Config.from_hf(checkpoint.config, tied=checkpoint.tied, pad_vocab_to=pad_vocab_to)
         with torch.device("meta"):
             model = cls(config).to(dtype or checkpoint.float_dtype)
         if prepare is not None:
@@ -173,7 +189,7 @@ class Ministral3(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws matrices from a normal distribution of ``config.initializer_range``; norms are one, biases zero."""
+        """Draws matrices from a normal distribution of ``config.initializer_range``; norms are one, biases and padding zero."""
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
@@ -181,6 +197,8 @@ class Ministral3(nn.Module):
                 module.weight.normal_(0, self.config.initializer_range, generator=generator)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
+        for table in (self.get_input_embeddings(), self.lm_head):
+            table.weight[self.config.text.vocab_size :].zero_()
 
     @property
     def device(self) -> torch.device:
@@ -324,7 +342,8 @@ class Ministral3(nn.Module):
     def _whole_vocabulary(self, logits_Tv: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
         if group is None:
             return logits_Tv
-        return all_gather_tokens(logits_Tv.detach().t().contiguous(), group).t()
+        logits_VT = all_gather_tokens(logits_Tv.detach().t().contiguous(), group)
+        return logits_VT[: self.config.text.vocab_size].t()
 
     def labels_of(self, tokens: Tokens, labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
         """(T,): what each token is to predict."""
@@ -352,7 +371,8 @@ class Ministral3(nn.Module):
         if group is None:
             total = self.lm_head(x_TD, labels_T)
         else:
-            total = vocab_parallel_linear_cross_entropy(x_TD, local(self.lm_head.weight), labels_T, group, num_items=1)
+            options = {"vocab_size": self.config.text.vocab_size, "num_items": 1}
+            total = vocab_parallel_linear_cross_entropy(x_TD, self.lm_head.rows(), labels_T, group, **options)
         if self.layout is not None:
             total = all_reduce_sum(total, self.layout.batch_group)
         return total / num_items

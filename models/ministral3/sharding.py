@@ -77,11 +77,11 @@ def check(config: Config, tp: int) -> None:
         )
     if text.intermediate_size % tp:
         raise ParallelError(f"tp={tp} does not divide intermediate_size {text.intermediate_size}: take a smaller tp")
-    if text.vocab_size % tp:
+    if text.vocab_rows % tp:
         rows = -(-text.vocab_size // tp) * tp
         raise ParallelError(
-            f"tp={tp} does not divide the vocabulary of {text.vocab_size}: pad it to {rows} rows (transformers' "
-            f"model.resize_token_embeddings(pad_to_multiple_of={tp})); `m3kernels convert export` strips them again"
+            f"tp={tp} does not divide the vocabulary of {text.vocab_rows}: pad it to {rows} rows with "
+            f"Ministral3.from_pretrained(..., pad_vocab_to={tp}); save_pretrained strips them again"
         )
 
 

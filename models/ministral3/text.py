@@ -97,8 +97,13 @@ class DecoderLayer(nn.Module):
 class Embedding(nn.Embedding):
     """Rows of the table; of this rank's part of it, zeros for other ranks' ids, where the vocabulary is sharded."""
 
+    def __init__(self, config: TextConfig):
+        super().__init__(config.vocab_rows, config.hidden_size, config.pad_token_id)
+        self.vocab_size = config.vocab_size
+
     def forward(self, ids_T: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
-        return vocab_parallel_embedding(ids_T, local(self.weight), group, padding_idx=self.padding_idx)
+        options = {"padding_idx": self.padding_idx, "vocab_size": self.vocab_size}
+        return vocab_parallel_embedding(ids_T, local(self.weight), group, **options)
 
 
 class LanguageModel(nn.Module):
@@ -107,7 +112,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = ("none",) * config.num_layers  # of each layer; see recompute.set_recompute

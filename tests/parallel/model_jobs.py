@@ -27,8 +27,8 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def twin(kind: str, tied: bool = False, dtype=torch.float64) -> Ministral3:
-    options = {**TEXT, "tie_word_embeddings": tied}
+def twin(kind: str, tied: bool = False, dtype=torch.float64, **text) -> Ministral3:
+    options = {**TEXT, "tie_word_embeddings": tied, **text}
     if kind == "vlm":
         options = {"text": options, "tie_word_embeddings": tied}
     return twins(kind, dtype=dtype, **options)[1].train()

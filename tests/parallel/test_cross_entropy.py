@@ -195,6 +195,41 @@ def test_a_tied_table(ranks):
     assert torch.allclose(torch.cat([r[1] for r in results]), dtable, rtol=0, atol=1e-12)
 
 
+def padded(vocab, dtype, device="cpu"):
+    """Rows from ``vocab`` on are padding, with anything in them."""
+    hidden, weight = inputs(dtype)
+    weight[vocab:] *= 100
+    rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    x_tD = hidden.chunk(ranks)[rank].to(device).requires_grad_()
+    weight_vD = weight.chunk(ranks)[rank].to(device).requires_grad_()
+    labels = labels_of("all").remainder(vocab)
+    labels[::3] = -100
+    hidden_TD = all_gather_tokens(x_tD, group)
+    options = {"vocab_size": vocab, "chunk_tokens": 5}
+    loss = vocab_parallel_linear_cross_entropy(hidden_TD, weight_vD, labels, group, **options)
+    loss.backward()
+    return loss.detach().cpu(), x_tD.grad.cpu(), weight_vD.grad.cpu()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("ranks", "vocab"), [(1, 23), (2, 21), (2, 12), (4, 21), (4, 17), (4, 5)])
+def test_padding_is_no_part_of_the_vocabulary(ranks, vocab, dtype, tolerance, device):
+    """Down to ranks that hold nothing else."""
+    hidden, weight = inputs(dtype)
+    hidden.requires_grad_()
+    weight = weight[:vocab].clone().requires_grad_()
+    labels = labels_of("all").remainder(vocab)
+    labels[::3] = -100
+    wanted = linear_cross_entropy_reference(hidden, weight, labels)
+    wanted.backward()
+    dweight = torch.cat([weight.grad, weight.new_zeros(V - vocab, D)])
+    results = run(ranks, padded, vocab, dtype, device)
+    assert close(results, (wanted.detach(), hidden.grad, dweight), tolerance)
+    assert not torch.cat([r[2] for r in results])[vocab:].any()
+
+
 def only(which):
     """What needs no gradient costs no product."""
     hidden, weight = inputs()
@@ -250,6 +285,10 @@ def refused(change):
         weight = weight.double()
     elif change == "chunk":
         options = {"chunk_tokens": 0}
+    elif change == "padding":
+        options = {"vocab_size": 11}
+    elif change == "padded label":
+        labels[1], options = 9, {"vocab_size": 9}
     elif change == "label" and dist.get_rank() == 0:
         # only one rank refuses: with a collective before, the other would not end either
         labels[1] = 10
@@ -266,6 +305,8 @@ def refused(change):
         ("floats", TypeError, "must be integers"),
         ("dtype", ValueError, "one dtype"),
         ("chunk", ValueError, "must be positive, got 0"),
+        ("padding", ValueError, r"vocab_size must be in \[1, 10\], the rows of all ranks, got 11"),
+        ("padded label", IndexError, r"neither in \[0, 9\) nor ignore_index -100: found \[9\]"),
         ("label", IndexError, r"neither in \[0, 10\) nor ignore_index -100: found \[10\]"),
     ],
 )

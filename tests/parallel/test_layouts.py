@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import Mistral3Config
 from m3kernels.models.ministral3 import Config, Ministral3, sharding
 from m3kernels.models.ministral3.loading import local_slices, part_of
 from m3kernels.models.ministral3.parallelize import parallelize
+from m3kernels.models.ministral3.weights import EMBEDDING, HEAD
 from m3kernels.parallel import ParallelError, make_mesh
 
 # layers, hidden, intermediate, theta, tied
@@ -169,5 +171,16 @@ def test_ranks_that_cannot_share_the_heads_are_refused(size, tp):
 
 @pytest.mark.parametrize("tp, rows", [(2, 131076), (4, 131076), (8, 131080)])
 def test_a_vocabulary_with_added_tokens_is_refused_with_the_fix(tp, rows):
-    with rank_of(0, tp), pytest.raises(ParallelError, match=f"vocabulary of 131075: pad it to {rows} rows"):
+    with rank_of(0, tp), pytest.raises(ParallelError, match=f"of 131075: pad it to {rows} rows.*pad_vocab_to={tp}"):
         sharded(config_of("3b", VOCAB + 3, layers=1, tower_layers=1), tp, 1)
+
+
+@pytest.mark.parametrize("size", ["3b", "8b"])
+@pytest.mark.parametrize("tp", [2, 8])
+def test_the_fix(size, tp):
+    config = config_of(size, VOCAB + 3, layers=1, tower_layers=1)
+    config = replace(config, text=replace(config.text, pad_vocab_to=tp))
+    with rank_of(tp - 1, tp):
+        parts = sharded(config, tp, 1)
+        rows = -(-(VOCAB + 3) // tp)
+        assert {part_of(parts[name]).shape[0] for name in (EMBEDDING, HEAD) if name in parts} == {rows}

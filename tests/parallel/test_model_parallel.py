@@ -85,7 +85,7 @@ def test_caches(tp):
     "tp, text, message",
     [
         (8, {}, "tp=8 does not divide the 4 key-value heads; allowed: 1, 2, 4"),
-        (4, {"vocab_size": 151}, "pad it to 152 rows"),
+        (4, {"vocab_size": 151}, "pad it to 152 rows with Ministral3.from_pretrained(..., pad_vocab_to=4)"),
         (4, {"intermediate_size": 82}, "intermediate_size 82"),
     ],
 )
