@@ -15,7 +15,7 @@ import m3kernels
 from m3kernels.models.ministral3 import Ministral3, layers
 from m3kernels.models.ministral3.parallelize import parallelize
 from m3kernels.parallel import make_mesh
-from models import Float64, text_batch, vlm_batch
+from models import Float64, distance, text_batch, vlm_batch
 
 # eight query heads over four of keys, so that four ranks can share them; a vocabulary of four parts
 TEXT = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 152}
@@ -156,3 +156,21 @@ def errors(tp: int, text: dict) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def on_a_gpu(tp: int, dp: int) -> dict[str, tuple[float, float]]:
+    """Distances from fp64 of (one process, many) in bf16 with kernels, on CUDA tensors over gloo: loss, norm, gradients."""
+    torch.cuda.set_device(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "head_dim": 64, "num_hidden_layers": 3}
+    text = {**TEXT, **sizes, "tie_word_embeddings": False}
+    truth = twins("vlm", device="cuda", dtype=torch.float64, text=text, tie_word_embeddings=False)[1].train()
+    one = copy.deepcopy(truth).bfloat16()
+    many = copy.deepcopy(one)
+    for model in (one, many):
+        m3kernels.patch(model)
+    parallelize(many, make_mesh(tp, dp, device_type="cuda"))
+    exact = steps(truth, batches(truth, "vlm", 1))
+    alone = steps(one, batches(one, "vlm", 1))
+    split = steps(many, batches(one, "vlm", 1, dist.get_rank() // tp, dp))
+    names = [name for name in exact if name.startswith(("loss", "norm", "grad"))]
+    return {name: (distance(alone[name], exact[name]), distance(split[name], exact[name])) for name in names}
