@@ -27,11 +27,11 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def twin(kind: str, tied: bool = False, dtype=torch.float64) -> Ministral3:
+def twin(kind: str, tied: bool = False, dtype=torch.float64, device: str = "cpu") -> Ministral3:
     options = {**TEXT, "tie_word_embeddings": tied}
     if kind == "vlm":
         options = {"text": options, "tie_word_embeddings": tied}
-    return twins(kind, dtype=dtype, **options)[1].train()
+    return twins(kind, dtype=dtype, device=device, **options)[1].train()
 
 
 def batches(model: Ministral3, kind: str, count: int, rank: int = 0, ranks: int = 1) -> list[dict]:
@@ -81,22 +81,24 @@ def train(
     dtype=torch.float64,
     count: int = 4,
     wrong: bool = False,
+    device: str = "cpu",
 ) -> tuple[dict, dict]:
     """(what one process sees, what this rank of many sees)."""
     with Float64() if dtype == torch.float64 else nullcontext():
-        one = twin(kind, tied, dtype)
+        one = twin(kind, tied, dtype, device)
         for name, parameter in one.named_parameters():
             parameter.requires_grad_(not freeze or freeze not in name)
         many = copy.deepcopy(one)
         if patched:
             m3kernels.patch(many)
-        mesh = make_mesh(tp, dp, replicate, device_type="cpu")
+        mesh = make_mesh(tp, dp, replicate, device_type=device)
         parallelize(many, mesh)
         ranks = dp * replicate
         share = batches(one, kind, count, dist.get_rank() // tp, ranks)
         with mock.patch.object(layers, "local", part_alone) if wrong else nullcontext():
             seen = steps(many, share)
-        return steps(one, batches(one, kind, count)), seen
+        pair = steps(one, batches(one, kind, count)), seen
+        return tuple({name: x.cpu() for name, x in found.items()} for found in pair)
 
 
 def part_alone(parameter: Tensor) -> Tensor:

@@ -100,3 +100,14 @@ def test_bfloat16_on_a_gpu(tp):
     for found in run(tp, jobs.on_a_gpu, tp, timeout_s=200):
         worse = {name: errors for name, errors in found.items() if not errors[1] <= 2 * errors[0] + 2e-3}
         assert not worse, worse
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tp, dp", [(2, 1), (1, 2), (4, 1), (2, 2)])
+@pytest.mark.parametrize("kind, tied", [("text", True), ("vlm", False)])
+def test_four_steps_over_nccl(kind, tied, tp, dp):
+    if torch.cuda.device_count() < tp * dp:
+        pytest.skip(f"needs {tp * dp} GPUs")
+    found = run(tp * dp, jobs.train, kind, tied, tp, dp, 1, "", False, torch.float64, 4, False, "cuda", backend="nccl")
+    for one, many in found:
+        assert_same(many, one, FP64)
