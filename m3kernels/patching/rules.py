@@ -139,7 +139,9 @@ RULES = (
         for source, name in ((TEXT, "Ministral3ForCausalLM"), (MULTIMODAL, "Mistral3ForConditionalGeneration"))
     ),
     Rule("rms_norm", native.LAYERS, "RMSNorm", "native_rms_norm", ("weight", "eps"), ("x", "update")),
-    Rule("rotary", native.TEXT, "Attention", "native_rotary", NATIVE, ("step",), prepare=native.side_by_side_attention),
+    Rule(
+        "rotary", native.TEXT, "Attention", "native_rotary", NATIVE, ("step",), prepare=native.PREPARE["native_rotary"]
+    ),
     Rule(
         "rotary_2d",
         native.VISION,
@@ -147,7 +149,7 @@ RULES = (
         "native_rotary_2d",
         NATIVE,
         ("table_PK", "images"),
-        prepare=native.side_by_side_attention,
+        prepare=native.PREPARE["native_rotary_2d"],
     ),
     Rule(
         "attention",
@@ -165,7 +167,7 @@ RULES = (
         MLP["attributes"],
         ("x_TD",),
         _needs_silu,
-        native.side_by_side_mlp,
+        native.PREPARE["native_swiglu"],
     ),
     Rule("linear_cross_entropy", native.ROOT[0], "Head", "native_head", ("weight",), ("x_TD", "labels_T")),
 )

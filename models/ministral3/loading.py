@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from m3kernels.models.ministral3.export import read_as
 from m3kernels.models.ministral3.files import bar
 from m3kernels.models.ministral3.weights import Checkpoint
+from m3kernels.patching import is_patched
+from m3kernels.patching.native import side_by_side
 
 
 @torch.no_grad()
@@ -35,6 +37,8 @@ def load(
             part = part_of(parameter)
             part.copy_(read_as(checkpoint, name, part.dtype, local_slices(parameter)))
             advance(part.nbytes)
+    if is_patched(model):
+        side_by_side(model)
 
 
 def _to_empty(model: nn.Module, device: torch.device) -> None:

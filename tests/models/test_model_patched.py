@@ -5,10 +5,12 @@ import os
 
 import pytest
 import torch
+from hf_folders import save
 from native import kept, like, seen, trained, twins
 from torch import nn
 
 import m3kernels
+from m3kernels.models.ministral3 import Ministral3
 from m3kernels.patching.joint import lay_side_by_side, whole_weight
 from models import FP32, FP64, VOCAB, Float64, assert_same, batch_for, distance, text_batch, vlm_batch
 
@@ -117,6 +119,16 @@ def test_weights_side_by_side_keep_names_and_values():
     with torch.no_grad():
         attention.k_proj.weight.add_(1)
     assert torch.equal(whole[60:80], attention.k_proj.weight)
+
+
+def test_weights_read_after_patching_lie_side_by_side(tmp_path):
+    folder = save(tmp_path / "hf", "3b")
+    ours = Ministral3.from_pretrained(folder, dtype=torch.float32, prepare=m3kernels.patch)
+    attention = ours.model.language_model.layers[0].self_attn
+    assert whole_weight(torch.randn(2, 48), attention.q_proj, attention.k_proj, attention.v_proj) is not None
+    plain = Ministral3.from_pretrained(folder, dtype=torch.float32)
+    batch = text_batch(plain)
+    assert_same(trained(ours, batch), trained(plain, batch), FP32)
 
 
 @pytest.mark.parametrize("apart", ["copy", "cast", "hook", "new", "bias"])
