@@ -35,8 +35,8 @@ class Row:
 
     @property
     def gradient(self) -> str:
-        """Where the gradient stands after the backward: every rank saw other tokens with a whole parameter."""
-        return "Partial" if self.dim is None else self.placement
+        """What becomes of the gradient: every rank saw other tokens with a whole parameter, so there it is summed."""
+        return "summed over tp" if self.dim is None else self.placement
 
 
 ROWS = (

@@ -38,9 +38,8 @@ def test_the_docs_have_the_table_of_the_code():
     assert printed == sharding.table(), "run: python -m m3kernels.models.ministral3.sharding"
 
 
-def test_local_gives_the_gradients_of_the_table():
-    """``parallel.local`` knows no names: what it does to a placement is what the table says."""
-    for row in sharding.ROWS:
-        assert row.gradient == ("Partial" if row.placement == "Replicate" else row.placement)
+def test_every_parameter_is_in_one_row():
     with pytest.raises(ValueError, match="in no row"):
         sharding.row_of("model.language_model.layers.0.self_attn.q_norm.weight")
+    names = [name.replace("*", "0").replace("[qkv]", "q") for name in (row.names for row in sharding.ROWS)]
+    assert [sharding.row_of(name) for name in names] == list(sharding.ROWS)
