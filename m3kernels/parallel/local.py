@@ -9,8 +9,8 @@ def local(parameter: Tensor) -> Tensor:
     """The local tensor of a DTensor; anything else comes back as it is.
 
     A parameter that every rank holds whole sees other tokens on each of them: its gradient is summed over ranks in the
-    backward. Leaving that out is silent. Leaving it to later, as a Partial gradient, is no better: fused and foreach
-    optimizers on CUDA take the parts for the whole.
+    backward. Leaving that out is silent. Leaving it to later, as a Partial gradient, is no better: foreach AdamW, which
+    CUDA takes by default, squares the parts instead of the whole in torch 2.11.
     """
     if type(parameter) in (nn.Parameter, Tensor):
         return parameter
