@@ -5,10 +5,13 @@
 
 A step is forward and backward without an optimizer, of the patched model with random weights; every data-parallel rank has
 the same rows, so that loss and norm do not depend on the layout. Rows are appended to the file by rank 0.
+
+    python -m m3kernels.bench.parallel --report FILE.ndjson ...     # the table in docs/parallel.md, from kept files
 """
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import sys
@@ -28,6 +31,9 @@ from m3kernels.models.ministral3.loading import local_slices, part_of
 from m3kernels.models.ministral3.parallelize import parallelize
 from m3kernels.models.ministral3.recompute import RUN, set_recompute
 from m3kernels.parallel import make_mesh
+
+DOCS = Path(__file__).parents[1] / "docs" / "parallel.md"
+BEGIN, END = "<!-- gpus -->", "<!-- /gpus -->"
 
 
 @torch.no_grad()
@@ -100,8 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1, help="rows on each data-parallel rank")
     parser.add_argument("--recompute", choices=tuple(RUN), default="none")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where a row is appended")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="measure nothing, write the docs' table")
     args = parser.parse_args(argv)
+    if args.report:
+        DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), args.report), encoding="utf-8")
+        return 0
+    if args.out is None:
+        parser.error("--out is missing: the file that a row is appended to")
     if not torch.cuda.is_available():
         print("m3kernels.bench.parallel needs CUDA GPUs: torch sees none", file=sys.stderr)
         return 2
@@ -140,6 +152,28 @@ def main(argv: list[str] | None = None) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
+
+
+def with_table(text: str, files: list[Path]) -> str:
+    """The page with its table made anew from result files; efficiency is beside one GPU in the same cell."""
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    cell = operator.itemgetter("size", "seq", "batch", "recompute")
+    alone = {cell(row): row["tokens_per_s_gpu"] for row in rows if row["tp"] * row["dp"] == 1}
+    lines = [
+        "| model, tokens | tp x dp | ms a step | tokens/s a GPU | of one GPU | peak GiB a GPU | loss | gradient norm |"
+    ]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        share = f"{100 * row['tokens_per_s_gpu'] / alone[cell(row)]:.0f} %" if cell(row) in alone else "–"
+        lines.append(
+            f"| {row['size']}, {row['seq']} x {row['batch']} | {row['tp']} x {row['dp']} | {row['ms']:.0f} | "
+            f"{row['tokens_per_s_gpu']:.0f} | {share} | {row['peak_gib']:.1f} | {row['loss']:.4f} | {row['grad_norm']:.3f} |"
+        )
+    of = f"{rows[0]['gpu']}, torch {rows[0]['torch']}, NCCL {rows[0]['nccl']}; " + ", ".join(
+        f"`{f.name}`" for f in files
+    )
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{of}.\n{END}{rest.split(END)[1]}"
 
 
 def show(row: dict) -> str:

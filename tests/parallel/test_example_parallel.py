@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from m3kernels.bench import parallel
 from m3kernels.models.ministral3 import sharding
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,13 @@ def test_the_docs_have_the_table_of_the_code():
     text = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
     printed = text.split(sharding.BEGIN)[1].split(sharding.END)[0].strip()
     assert printed == sharding.table(), "run: python -m m3kernels.models.ministral3.sharding"
+
+
+def test_the_docs_have_the_table_of_the_files():
+    page = parallel.DOCS.read_text(encoding="utf-8")
+    names = re.findall(r"`([\w.-]+\.ndjson)`", page)
+    files = [next(ROOT.glob(f"bench/results/*/{name}")) for name in names]
+    assert files and parallel.with_table(page, files) == page, "run: python -m m3kernels.bench.parallel --report FILES"
 
 
 def test_every_parameter_is_in_one_row():
