@@ -171,7 +171,6 @@ RULES = (
 )
 
 
-
 def prepare(model: nn.Module) -> None:
     """Prepares every module that is fused; again where that was undone since, by a cast or a move to another device."""
     by_forward = {rule.forward: rule.prepare for rule in RULES}

@@ -32,11 +32,16 @@ def _attention(layer: nn.Module, *inputs):
         with kept.used():
             return layer(*inputs)
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=layer.self_attn.core.dropout > 0)
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=_draws(layer))
 
 
 def _all(layer: nn.Module, *inputs):
-    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=layer.self_attn.core.dropout > 0)
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=_draws(layer))
+
+
+def _draws(layer: nn.Module) -> bool:
+    """Whether a forward may take random numbers: for attention's dropout, or that of an adapter in the layer."""
+    return layer.self_attn.core.dropout > 0 or any(getattr(module, "p", 0) for module in layer.modules())
 
 
 # from the least recompute to the most

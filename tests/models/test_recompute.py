@@ -48,6 +48,21 @@ def test_with_images_and_dropout(mode):
     assert_same(trained(ours, batch), want, FP64)
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_dropout_of_adapters_is_drawn_alike(mode):
+    from peft import LoraConfig, get_peft_model
+
+    ours = model("text", False, dtype=torch.float64)
+    targets = ["q_proj", "down_proj"]
+    wrapped = get_peft_model(ours, LoraConfig(target_modules=targets, lora_dropout=0.5, init_lora_weights=False))
+    batch, found = text_batch(ours), []
+    for each in ("none", mode):
+        set_recompute(ours, each)
+        torch.manual_seed(0)
+        found.append(trained(wrapped, batch))
+    assert_same(*found, FP64)
+
+
 class Kept:
     """Bytes of the distinct memory that a forward keeps for its backward, parameters aside."""
 
