@@ -7,13 +7,16 @@ all         the layer's input
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from m3kernels.models.ministral3.config import TextConfig
 from m3kernels.ops._recompute import KeptOutputs, forgetting
+
+if TYPE_CHECKING:
+    from m3kernels.models.ministral3.config import TextConfig
 
 
 def _none(layer: nn.Module, *inputs):
@@ -92,7 +95,7 @@ def set_recompute(
     return modes
 
 
-def kept_bytes(config: TextConfig, tokens: int, dtype: torch.dtype, tp: int = 1) -> dict[str, int]:
+def kept_bytes(config: "TextConfig", tokens: int, dtype: torch.dtype, tp: int = 1) -> dict[str, int]:
     """What one layer of the patched model keeps for its backward on one rank, by mode; nothing that a step shares."""
     size, here = dtype.itemsize, tokens / tp
     residual = here * config.hidden_size * size
