@@ -68,14 +68,6 @@ def side_by_side_attention(module: nn.Module) -> None:
     lay_side_by_side(module.q_proj, module.k_proj, module.v_proj)
 
 
-def side_by_side(model: nn.Module) -> None:
-    """Lays weights side by side again in a patched model whose parameters were made or replaced since."""
-    for module in model.modules():
-        prepare = PREPARE.get(getattr(type(module), "_m3k_forward", ""))
-        if prepare is not None:
-            prepare(module)
-
-
 @fused_forward("native_rotary")
 def attention_forward(self: nn.Module, x_TD: Tensor, step) -> Tensor:
     q, k, v = _heads(self, x_TD)
@@ -138,10 +130,3 @@ def head_forward(self: nn.Module, x_TD: Tensor, labels_T: Tensor | None = None) 
     if labels_T is None:
         return original_forward(self)(self, x_TD)
     return linear_cross_entropy(x_TD, local(self.weight), labels_T, reduction="sum")
-
-
-PREPARE = {
-    "native_rotary": side_by_side_attention,
-    "native_rotary_2d": side_by_side_attention,
-    "native_swiglu": side_by_side_mlp,
-}

@@ -31,7 +31,7 @@ class Rule:
         attributes: the module must have them.
         parameters: its forward must have them; ``new|old`` where releases differ in the name.
         why_not: reason why one module's configuration does not fit, or an empty string.
-        prepare: is called with a module that was fused.
+        prepare: is called with every module that is fused, at each patch.
     """
 
     op: str
@@ -139,9 +139,7 @@ RULES = (
         for source, name in ((TEXT, "Ministral3ForCausalLM"), (MULTIMODAL, "Mistral3ForConditionalGeneration"))
     ),
     Rule("rms_norm", native.LAYERS, "RMSNorm", "native_rms_norm", ("weight", "eps"), ("x", "update")),
-    Rule(
-        "rotary", native.TEXT, "Attention", "native_rotary", NATIVE, ("step",), prepare=native.PREPARE["native_rotary"]
-    ),
+    Rule("rotary", native.TEXT, "Attention", "native_rotary", NATIVE, ("step",), prepare=native.side_by_side_attention),
     Rule(
         "rotary_2d",
         native.VISION,
@@ -149,7 +147,7 @@ RULES = (
         "native_rotary_2d",
         NATIVE,
         ("table_PK", "images"),
-        prepare=native.PREPARE["native_rotary_2d"],
+        prepare=native.side_by_side_attention,
     ),
     Rule(
         "attention",
@@ -167,10 +165,18 @@ RULES = (
         MLP["attributes"],
         ("x_TD",),
         _needs_silu,
-        native.PREPARE["native_swiglu"],
+        native.side_by_side_mlp,
     ),
     Rule("linear_cross_entropy", native.ROOT[0], "Head", "native_head", ("weight",), ("x_TD", "labels_T")),
 )
+
+
+def prepare(model: nn.Module) -> None:
+    """Prepares every module that is fused; again where that was undone since, by a cast or a move to another device."""
+    by_forward = {rule.forward: rule.prepare for rule in RULES}
+    for module in model.modules():
+        by_forward.get(getattr(type(module), "_m3k_forward", ""), _always)(module)
+
 
 OPS = tuple(dict.fromkeys(rule.op for rule in RULES))
 

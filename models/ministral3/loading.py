@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from m3kernels.models.ministral3.export import read_as
 from m3kernels.models.ministral3.files import bar
 from m3kernels.models.ministral3.weights import Checkpoint
-from m3kernels.patching import is_patched
-from m3kernels.patching.native import side_by_side
+from m3kernels.patching.rules import prepare
 
 
 @torch.no_grad()
@@ -30,6 +29,7 @@ def load(
         if dtype is not None:
             model.to(dtype)
         _to_empty(model, torch.device(device))
+        prepare(model)
     parameters = dict(model.named_parameters())
     total = sum(part_of(p).nbytes for p in parameters.values())
     with bar("load", total, progress) as advance:
@@ -37,8 +37,6 @@ def load(
             part = part_of(parameter)
             part.copy_(read_as(checkpoint, name, part.dtype, local_slices(parameter)))
             advance(part.nbytes)
-    if is_patched(model):
-        side_by_side(model)
 
 
 def _to_empty(model: nn.Module, device: torch.device) -> None:
