@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -167,6 +167,7 @@ class Config(ConfigNames):
         image_token: the id whose embeddings are replaced by image features.
         tied: whether the head is the embedding. It goes by what a checkpoint holds, not by the config's flags.
         initializer_range: standard deviation of matrices that are drawn, not read.
+        hf: the dict of the Hugging Face config that this was read from, for saving; of no effect on the model.
     """
 
     text: TextConfig
@@ -174,6 +175,7 @@ class Config(ConfigNames):
     image_token: int | None
     tied: bool
     initializer_range: float = 0.02
+    hf: dict | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_hf(cls, config, *, tied: bool | None = None) -> "Config":
@@ -191,10 +193,12 @@ class Config(ConfigNames):
 
         if isinstance(config, Mapping):
             check_architecture(config)
+            raw = copy.deepcopy(dict(config))
             hf_class = Ministral3Config if config["model_type"] == "ministral3" else Mistral3Config
-            config = hf_class.from_dict({k: v for k, v in copy.deepcopy(dict(config)).items() if k != "torch_dtype"})
+            config = hf_class.from_dict({k: v for k, v in copy.deepcopy(raw).items() if k != "torch_dtype"})
         else:
-            check_architecture(config.to_dict())
+            raw = config.to_dict()
+            check_architecture(raw)
         multimodal = config.model_type == "mistral3"
         text = config.text_config if multimodal else config
         if tied is None:
@@ -205,6 +209,7 @@ class Config(ConfigNames):
             image_token=config.image_token_index if multimodal else None,
             tied=tied,
             initializer_range=text.initializer_range,
+            hf=raw,
         )
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from m3kernels.models.ministral3.layout import (
     index_text,
     write_record,
 )
+from m3kernels.models.ministral3.state import StateDict
 from m3kernels.models.ministral3.verify import Verification, verify_checkpoint
 from m3kernels.models.ministral3.weights import (
     INDEX,
@@ -164,23 +166,41 @@ def to_hf(
     *,
     fp8: bool = False,
     strict: bool = True,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Report:
-    """``export_checkpoint`` for a model or a state dict in memory, too (those need ``hf_model`` for the layout).
+    """``export_checkpoint`` for a model or a state dict in memory, too; a state dict needs ``hf_model`` for the layout.
 
-    The folder appears when it is complete. In a job of several ranks call it on one, with plain tensors.
+    The folder appears when it is complete. Where tensors are sharded (DTensor) call it on every rank: the first one
+    writes, the others take part in gathering one tensor at a time and return, or fail, with it. Plain tensors in a job
+    of several ranks are written by the rank that calls.
     """
+    options = {"fp8": fp8, "strict": strict, "dtype": dtype, "overwrite": overwrite, "progress": progress}
+    if not isinstance(source, Mapping | nn.Module):
+        return _write_hf(source, hf_path, hf_model, **options)
+    weights = StateDict(source)
+    write = partial(_write_hf, weights, hf_path, hf_model, **options)
+    return weights.led(write) if weights.sharded else write()
+
+
+def _write_hf(
+    source: str | os.PathLike | StateDict,
+    hf_path: str | os.PathLike,
+    hf_model: str | os.PathLike | None,
+    *,
+    fp8: bool,
+    strict: bool,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+    progress: bool,
+) -> Report:
     target = Path(hf_path).expanduser().resolve()
-    if isinstance(source, Mapping | nn.Module):
-        state = source.state_dict() if isinstance(source, nn.Module) else source
-        if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
-            raise CheckpointError("the model is sharded (DTensor): save a native checkpoint and export that")
-    else:
+    if not isinstance(source, StateDict):
         _apart(target, "--hf-path", Path(source).expanduser(), "--checkpoint-path")
     if hf_model is not None and Path(hf_model).expanduser().exists():
         _apart(target, "--hf-path", Path(hf_model).expanduser(), "--hf-model")
-    plan = plan_export(source, hf_model, to_fp8=fp8, strict=strict)
+    plan = plan_export(source, hf_model, to_fp8=fp8, strict=strict, dtype=dtype)
     check_target(target, overwrite, "--hf-path")
     total = sum(header.nbytes for header in plan.files.values())
     check_space(target, total)
@@ -341,7 +361,10 @@ def _claimed(marker: Path, fingerprint: str) -> Iterator[None]:
 def _write(path: Path, header: Header, tensors: Iterator[tuple[str, Tensor]], advance: Callable[[int], None]) -> None:
     def counted() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
+            nbytes = tensor.nbytes
             yield name, tensor
-            advance(tensor.nbytes)
+            # or the next one would be made beside it
+            del tensor
+            advance(nbytes)
 
     write_safetensors(path, header, counted())

@@ -12,17 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m3kernels.models.ministral3 import fp8
-from m3kernels.models.ministral3.files import DTYPES, CheckpointError, Entry, Header, file_order, listing
+from m3kernels.models.ministral3.files import CODES, DTYPES, CheckpointError, Entry, Header, file_order, listing
 from m3kernels.models.ministral3.layout import (
     SCALES_FILE,
     Layout,
     config_text,
     find_native,
     index_text,
+    new_layout,
     read_layout,
 )
+from m3kernels.models.ministral3.state import StateDict
 from m3kernels.models.ministral3.weights import (
-    EMBEDDING,
     HEAD,
     SCALES,
     Checkpoint,
@@ -32,6 +33,7 @@ from m3kernels.models.ministral3.weights import (
     shape_errors,
 )
 
+FLOATS = [dtype for dtype in CODES if dtype != torch.float8_e4m3fn]
 # keys of config.json that say how a checkpoint was saved, not what model it is
 SAVING = ("dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path")
 
@@ -44,36 +46,6 @@ class Weights(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, index: tuple[slice, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor: ...
-
-
-class StateDict:
-    """A model or a state dict in memory, by runtime name; a head that is the embedding itself is left out."""
-
-    def __init__(self, state: Mapping[str, Tensor] | nn.Module):
-        state = state.state_dict() if isinstance(state, nn.Module) else state
-        self._tensors = {runtime_name(name): tensor for name, tensor in state.items()}
-        if len(self._tensors) < len(state):
-            raise CheckpointError("the state dict holds the same tensor under the names of two layouts")
-        if _same(self._tensors.get(EMBEDDING), self._tensors.get(HEAD)):
-            del self._tensors[HEAD]
-        self.names = list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = self._tensors[name].detach()
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()
-        return tensor[index or ()].to("cpu", dtype)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors, sharded ones by their local part, are one memory."""
-    if a is None or b is None:
-        return False
-    a, b = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (a, b))
-    return a.data_ptr() == b.data_ptr() != 0
 
 
 def read_as(weights: Weights, name: str, dtype: torch.dtype, index: tuple[slice, ...] | None = None) -> Tensor:
@@ -135,26 +107,35 @@ class Plan:
         return read_as(self.weights, name, DTYPES[entry.dtype], rows and (rows,))
 
 
-Source = str | os.PathLike | Mapping[str, Tensor] | nn.Module
+Source = str | os.PathLike | Mapping[str, Tensor] | nn.Module | StateDict
 
 
 def plan_export(
-    source: Source, hf_model: str | os.PathLike | None = None, *, to_fp8: bool = False, strict: bool = True
+    source: Source,
+    hf_model: str | os.PathLike | None = None,
+    *,
+    to_fp8: bool = False,
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """Plans the export of a native checkpoint (or the folder of its steps), a model or a state dict.
 
     Args:
         source: what is exported.
         hf_model: a Hugging Face checkpoint (folder or Hub id) whose layout, dtypes and config are written; by default
-            what ``m3kernels.json`` of a native checkpoint keeps of its source.
+            what ``m3kernels.json`` of a native checkpoint keeps of its source, and the layout that transformers
+            itself writes for a native model that came with a config.
         to_fp8: quantise what the layout has in FP8 against its scales; otherwise that is written in the layout's
             other dtype, without scales and without ``quantization_config``.
         strict: False leaves out what is missing or unknown, with a notice.
+        dtype: of all tensors that are not quantised; by default the layout's, a model's own where it brings none.
 
     Raises:
         CheckpointError: no layout is known; tensors are missing, unknown or of another shape; FP8 was asked for and
-            the layout has none.
+            the layout has none; a dtype that safetensors has no name for.
     """
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"dtype {dtype} is none of {', '.join(str(d).removeprefix('torch.') for d in FLOATS)}")
     reference = None if hf_model is None else Checkpoint.open(hf_model)
     notices: list[str] = []
     if isinstance(source, (str, os.PathLike)):
@@ -162,12 +143,15 @@ def plan_export(
         weights = Checkpoint.open(folder)
         kept = read_layout(folder)
     else:
-        folder, weights, kept = None, StateDict(source), None
+        weights = source if isinstance(source, StateDict) else StateDict(source)
+        folder, kept = None, None
     if reference:
         reference.check()
         layout = Layout.of(reference)
     elif kept:
         layout = kept
+    elif folder is None and weights.config is not None:
+        layout = new_layout(weights)
     else:
         raise CheckpointError(
             f"the layout to write is not known ({folder or 'a model'} brings no m3kernels.json): give --hf-model"
@@ -175,6 +159,8 @@ def plan_export(
     if to_fp8 and not layout.is_fp8:
         raise CheckpointError("--fp8 needs the scales of an FP8 checkpoint: import from one, or give one as --hf-model")
     scales = _scales(reference, folder) if to_fp8 else {}
+    if dtype is not None:
+        layout = layout.cast(dtype)
     config = _config(layout, None if folder is None else weights.config, reference is not None, to_fp8, notices)
     files = _files(weights, layout, json.loads(config), to_fp8, strict, notices)
     changed = {f: list(h.entries.items()) for f, h in files.items()} != {
@@ -183,6 +169,8 @@ def plan_export(
     index = index_text(files) if changed and layout.index else layout.index
     block = (json.loads(layout.config).get("quantization_config") or {}).get("weight_block_size") or fp8.BLOCK
     others = [other for other in (reference and reference.folder, folder) if other]
+    if not others and weights.folder is not None and weights.folder.is_dir():
+        others = [weights.folder]
     return Plan(weights, files, index, config, scales, tuple(block), others, notices)
 
 

@@ -165,6 +165,8 @@ def write_safetensors(path: Path, header: Header, tensors: Iterable[tuple[str, T
                     f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, planned: {wanted} {entry}"
                 )
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            # or the next one would be made beside it
+            del tensor
         left = [name for name, _ in expected]
         if left:
             raise CheckpointError(f"{path}: no tensor came for {listing(left)}")

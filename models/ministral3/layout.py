@@ -4,15 +4,36 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from m3kernels.models.ministral3.files import CODES, DTYPES, CheckpointError, Header, listing, read_json, write_text
-from m3kernels.models.ministral3.weights import INDEX, SINGLE, UNFINISHED, Checkpoint
+from m3kernels.models.ministral3.files import (
+    CODES,
+    DTYPES,
+    CheckpointError,
+    Entry,
+    Header,
+    file_order,
+    listing,
+    read_json,
+    write_text,
+)
+from m3kernels.models.ministral3.state import StateDict
+from m3kernels.models.ministral3.weights import (
+    HEAD,
+    INDEX,
+    SINGLE,
+    UNFINISHED,
+    Checkpoint,
+    disk_name,
+    is_scale,
+    may_be_tied,
+)
 
 RECORD = "m3kernels.json"
 VERSION = 1
@@ -21,6 +42,9 @@ SCALES_FILE = "quantization/scales.safetensors"
 COPIED = (".json", ".txt", ".model", ".jinja")
 # these describe weights, or Mistral's own second copy of them
 NOT_COPIED = ("config.json", "params.json", RECORD, UNFINISHED)
+# what a file of a new layout holds at most, as Hugging Face counts
+SHARD_BYTES = 5 * 10**9
+ARCHITECTURES = {"mistral3": "Mistral3ForConditionalGeneration", "ministral3": "Ministral3ForCausalLM"}
 STEP = re.compile(r"(?:iter_|step-)(\d+)")
 
 
@@ -56,6 +80,22 @@ class Layout:
         """Whether any weight is FP8."""
         return any(entry.dtype == "F8_E4M3" for header in self.files.values() for entry in header.entries.values())
 
+    def cast(self, dtype: torch.dtype) -> "Layout":
+        """With everything in ``dtype`` that is neither quantised nor a scale."""
+        code, files = CODES[dtype], {}
+        for file, header in self.files.items():
+            kept = {n: e.dtype if is_scale(n) or e.dtype == "F8_E4M3" else code for n, e in header.entries.items()}
+            if all(kept[name] == entry.dtype for name, entry in header.entries.items()):
+                files[file] = header
+            else:
+                files[file] = Header(
+                    {n: Entry(kept[n], header.entries[n].shape) for n in file_order(kept, kept)}, header.metadata
+                )
+        config, said = json.loads(self.config), str(dtype).removeprefix("torch.")
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        text = self.config if config.get(key) == said else config_text({**config, key: said})
+        return replace(self, files=files, config=text, float_dtype=code)
+
     def to_json(self) -> dict:
         files = {name: header.to_json() for name, header in self.files.items()}
         return {"files": files, "index": self.index, "config": self.config, "float_dtype": self.float_dtype}
@@ -64,6 +104,43 @@ class Layout:
     def from_json(cls, data: Mapping) -> "Layout":
         files = {name: Header.from_json(header) for name, header in data["files"].items()}
         return cls(files, data["index"], data["config"], data["float_dtype"])
+
+
+def new_layout(weights: StateDict) -> Layout:
+    """The layout in which transformers saves a native model in memory: names and files, and ``config.json`` for it.
+
+    Raises:
+        CheckpointError: a parameter of a dtype that no checkpoint has.
+    """
+    if odd := [f"{n} ({weights.dtype(n)})" for n in weights.names if weights.dtype(n) not in CODES]:
+        raise CheckpointError(f"dtypes other than {', '.join(DTYPES)} are not saved: {listing(odd)}")
+    text_only = weights.config["model_type"] == "ministral3"
+    shards: list[dict[str, Entry]] = [{}]
+    for name in weights.names:
+        entry = Entry(CODES[weights.dtype(name)], weights.shape(name))
+        if shards[-1] and sum(e.nbytes for e in shards[-1].values()) + entry.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][disk_name(name, text_only)] = entry
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    files = {}
+    for file, shard in zip(names if len(shards) > 1 else [SINGLE], shards):
+        order = file_order(shard, {name: entry.dtype for name, entry in shard.items()})
+        files[file] = Header({name: shard[name] for name in order})
+
+    sizes: Counter = Counter()
+    for header in files.values():
+        for entry in header.entries.values():
+            sizes[entry.dtype] += entry.nbytes
+    code = sizes.most_common(1)[0][0]
+    config = {key: value for key, value in weights.config.items() if key not in ("quantization_config", "torch_dtype")}
+    config["dtype"] = str(DTYPES[code]).removeprefix("torch.")
+    config["architectures"] = config.get("architectures") or [ARCHITECTURES[config["model_type"]]]
+    tied = HEAD not in weights.names
+    if tied != may_be_tied(config):
+        config["tie_word_embeddings"] = tied
+        if "text_config" in config:
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": tied}
+    return Layout(files, index_text(files) if len(files) > 1 else None, config_text(config), code)
 
 
 def write_record(folder: Path, layout: Layout, source: str, dtype: torch.dtype | None) -> None:

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ from m3kernels.models.ministral3.text import LanguageModel
 from m3kernels.models.ministral3.tokens import Tokens
 from m3kernels.models.ministral3.vision import Grids, Projector, VisionTower, grids_of
 from m3kernels.parallel import all_gather_tokens, all_reduce_sum, local, vocab_parallel_linear_cross_entropy
+
+if TYPE_CHECKING:
+    from m3kernels.models.ministral3.convert import Report
 
 IGNORED = -100
 
@@ -95,6 +100,7 @@ class Ministral3(ModelMethods, nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
         self.layout = None  # set by parallelize
+        self.source: Path | None = None  # the folder that the weights were read from
         if not self.lm_head.weight.is_meta:
             self.init_weights()
 
@@ -141,7 +147,38 @@ class Ministral3(ModelMethods, nn.Module):
 
             parallelize(model, mesh, **sharding)
         load(model, checkpoint, dtype=dtype, device=device, progress=progress)
+        model.source = checkpoint.folder
         return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        hf_model: str | os.PathLike | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+        progress: bool = False,
+    ) -> "Report":
+        """Writes a Hugging Face checkpoint: safetensors, ``config.json``, and the tokenizer's files of what it came from.
+
+        A sharded model is saved by all ranks together: each gathers one tensor at a time, the first one writes, and no
+        rank returns before the folder is there. One that is whole on every rank is saved by the rank that calls.
+
+        Args:
+            folder: appears when it is complete; a failure leaves what stood there.
+            hf_model: a checkpoint whose names, files, dtypes, config and other files are written instead.
+            dtype: of the file; the parameters' own by default, with ``hf_model`` that of its layout.
+            overwrite: replace a checkpoint that stands there.
+            progress: whether to show a bar.
+
+        Raises:
+            CheckpointError: the folder is not free or its disk too small; the config is not known (a model that was
+                not made from a Hugging Face config needs ``hf_model``) or does not fit the parameters; on every rank.
+            OSError: the disk, on the rank that writes; CheckpointError on the others.
+        """
+        from m3kernels.models.ministral3.convert import to_hf
+
+        return to_hf(self, folder, hf_model, dtype=dtype, overwrite=overwrite, progress=progress)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -55,6 +55,14 @@ def runtime_name(name: str) -> str:
     return name
 
 
+def disk_name(name: str, text_only: bool) -> str:
+    """The name under which transformers saves what it calls ``name`` in memory."""
+    for new, old in [("model.", "model.language_model."), *PREFIXES[-2:-1]] if text_only else PREFIXES[:4]:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
 def is_scale(name: str) -> bool:
     """Whether a tensor belongs to the FP8 form of a weight, in any layout."""
     return name.endswith(SCALES)
