@@ -20,13 +20,16 @@ PYTEST := $(PY) -m pytest -n $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ?
 demo: $(STAMP)-demo
 	$(PY) -m m3kernels.cli demo $(ARGS)
 
-# what runs kernels, and is therefore interpreted where there is no GPU
+# what runs kernels, and is therefore interpreted where there is no GPU; of the native model what is marked for it
 KERNELS := tests/ops tests/parallel/test_cross_entropy.py tests/parallel/test_sharding_rules.py
+MARKED := tests/models tests/parallel/test_model_parallel.py
+INTERPRET := $(if $(shell command -v nvidia-smi 2>/dev/null),,TRITON_INTERPRET=1)
 
 # kernels run in Triton's interpreter where there is no GPU; the rest of the suite takes the plain PyTorch references
 test: $(STAMP)-test
 	$(PYTEST) tests --ignore tests/ops $(ARGS)
-	$(if $(shell command -v nvidia-smi 2>/dev/null),,TRITON_INTERPRET=1) $(PYTEST) $(KERNELS) $(ARGS)
+	$(INTERPRET) $(PYTEST) $(KERNELS) $(ARGS)
+	$(if $(INTERPRET),$(INTERPRET) $(PYTEST) $(MARKED) -m interpreter $(ARGS))
 
 lint:
 	ruff check . && ruff format --check .

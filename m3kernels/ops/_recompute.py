@@ -14,7 +14,7 @@ class _Forgotten:
     """Tensors of a forward that are not kept, by where they lie, and how to make them again."""
 
     def __init__(self):
-        self.again: dict[tuple[int, int, torch.dtype], Callable[[], Tensor]] = {}
+        self.again: dict[tuple, Callable[[], Tensor]] = {}
         self.alive: list[Tensor] = []  # until the forward is over nothing else may lie there
 
     def pack(self, tensor: Tensor):
@@ -30,8 +30,9 @@ class _Forgotten:
             return again().view(shape)
 
 
-def _place(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+def _place(tensor: Tensor) -> tuple:
+    # the version: what was changed in place since is not what would be made again
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor._version
 
 
 @contextmanager

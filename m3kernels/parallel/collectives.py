@@ -20,6 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# their names since torch 2.13, and before
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def size_of(group: ProcessGroup | None) -> int:
     """Ranks in ``group``; 1 for None."""
@@ -98,7 +102,7 @@ def _check_rows(name: str, x: Tensor, ranks: int) -> None:
 def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
     x = x.contiguous()
     out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x, group=group)
+    _all_gather(out, x, group=group)
     return out
 
 
@@ -108,7 +112,7 @@ def _scattered(x: Tensor, group: ProcessGroup) -> Tensor:
         # gloo has no reduce-scatter of its own: torch's stand-in is this, where the release has one at all
         return _reduced(x, group, dist.ReduceOp.SUM)[group.rank() * rows :][:rows].clone()
     out = x.new_empty((rows, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    _reduce_scatter(out, x.contiguous(), group=group)
     return out
 
 

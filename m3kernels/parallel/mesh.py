@@ -53,7 +53,10 @@ def make_mesh(tp: int = 1, dp: int | None = None, replicate: int = 1, device_typ
     shape, names = ((dp, tp), ("dp", "tp"))
     if replicate > 1:
         shape, names = (replicate, *shape), ("dp_replicate", *names)
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    # DTensor then sums over the whole mesh (a gradient norm, say) at once, not dimension by dimension
+    mesh._flatten("all")
+    return mesh
 
 
 def _tp_that_fits(world: int, tp: int, dp: int | None, replicate: int) -> str:

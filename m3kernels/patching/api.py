@@ -226,7 +226,7 @@ def patch(
     architecture = _check_root(base)
     chosen = [op for op in _chosen_ops(ops) if op != "attention" or attention == "auto"]
     wanted = _chosen_parts(adapters)
-    from m3kernels.patching.rules import PROJECTING
+    from m3kernels.patching.rules import PROJECTING, prepare
 
     earlier = changed_by_patches(model)
     parts = _parts(base)
@@ -244,8 +244,8 @@ def patch(
             skipped.append(Skip(rule.op, name, reason))
         else:
             fuse(module, rule.forward)
-            rule.prepare(module)
             counts[rule.op] += 1
+    prepare(base)
     taking = (*PROJECTING, "linear_cross_entropy") if "lora_linear" in chosen else ("linear_cross_entropy",)
     for module in base.modules():
         if getattr(type(module), "_m3k_forward", "") in taking and parts.get(id(module), "text") in wanted:

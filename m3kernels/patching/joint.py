@@ -1,8 +1,11 @@
 """Several projections of one input as one matrix product, while each keeps its own parameter under its own name.
 
-Their weights are laid side by side in one buffer, of which the parameters are views: state dicts, optimizers and adapters see
-what they always saw. Where the weights have come apart (a copy, a cast, FSDP's own buffers), each has its product again.
+Their weights are laid side by side in one buffer, of which each parameter has its part as a storage of its own: state dicts,
+optimizers, adapters and what saves tensors by their storages (safetensors, accelerate) see what they always saw. Where the
+weights have come apart (a copy, a cast, FSDP's own buffers), each has its product again.
 """
+
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from m3kernels.patching.classes import has_hooks, is_plain
 
+# by the id of the first parameter, as long as that lives; an attribute of it would be copied and saved along
+_wholes: dict[int, Tensor] = {}
+
 
 def lay_side_by_side(*layers: nn.Linear) -> None:
     """Moves the weights of layers into one buffer, in place; nothing where they cannot be or are there already."""
@@ -18,25 +24,34 @@ def lay_side_by_side(*layers: nn.Linear) -> None:
     kinds = {(w.dtype, w.device, w.shape[1:]) for w in weights}
     if len(kinds) > 1 or not all(map(is_plain, weights)) or weights[0].is_meta or _whole(weights) is not None:
         return
-    buffer = torch.cat([weight.detach() for weight in weights])
-    for weight, part in zip(weights, buffer.split([w.shape[0] for w in weights])):
-        weight.data = part
+    whole = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, whole.split([w.shape[0] for w in weights])):
+        weight.data = _with_own_storage(part)
+    _wholes[id(weights[0])] = whole
+    weakref.finalize(weights[0], _wholes.pop, id(weights[0]), None).atexit = False
+
+
+def _with_own_storage(part: Tensor) -> Tensor:
+    """The same memory as a storage by itself: one of several parameters' would be taken for tied weights, and saved once."""
+    begin = part.storage_offset() * part.element_size()
+    storage = part.untyped_storage()[begin : begin + part.nbytes]
+    return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
 
 
 def _whole(weights: list[Tensor] | tuple[Tensor, ...]) -> Tensor | None:
     """The (sum of rows, columns) tensor that weights are the parts of, or None where they are no neighbours."""
-    first, end = weights[0], 0
-    for weight in weights:
-        if not (weight.is_contiguous() and weight.dtype == first.dtype and weight.device == first.device):
-            return None
-        if end and weight.data_ptr() != end:
-            return None
-        end = weight.data_ptr() + weight.nbytes
-    rows, storage = sum(w.shape[0] for w in weights), first.untyped_storage()
-    # neighbours by chance are of two allocations
-    if end > storage.data_ptr() + storage.nbytes():
+    whole = _wholes.get(id(weights[0]))
+    if whole is None:
         return None
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    if weights[0].data_ptr() != whole.data_ptr():
+        _wholes.pop(id(weights[0]), None)  # it was moved, and nothing else needs the buffer
+        return None
+    rows, end = 0, whole.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.dtype != whole.dtype or not weight.is_contiguous():
+            return None
+        rows, end = rows + weight.shape[0], end + weight.nbytes
+    return whole[:rows]
 
 
 def whole_weight(x: Tensor, *layers: nn.Module) -> Tensor | None:
@@ -56,7 +71,8 @@ class _JointLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, whole: Tensor, split: bool, *weights: Tensor):
-        ctx.save_for_backward(x, whole)
+        # the weights for their versions: in-place changes before the backward are an error, as they are everywhere
+        ctx.save_for_backward(x, whole, *weights)
         ctx.sizes, ctx.split = [w.shape[0] for w in weights], split
         y = F.linear(x, whole)
         return y.split(ctx.sizes, dim=-1) if split else y
@@ -64,7 +80,7 @@ class _JointLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor):
-        x, whole = ctx.saved_tensors
+        x, whole, *_ = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         if not ctx.split:
             dy = dys[0].flatten(0, -2)

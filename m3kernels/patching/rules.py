@@ -31,7 +31,7 @@ class Rule:
         attributes: the module must have them.
         parameters: its forward must have them; ``new|old`` where releases differ in the name.
         why_not: reason why one module's configuration does not fit, or an empty string.
-        prepare: is called with a module that was fused.
+        prepare: is called with every module that is fused, at each patch.
     """
 
     op: str
@@ -169,6 +169,14 @@ RULES = (
     ),
     Rule("linear_cross_entropy", native.ROOT[0], "Head", "native_head", ("weight",), ("x_TD", "labels_T")),
 )
+
+
+def prepare(model: nn.Module) -> None:
+    """Prepares every module that is fused; again where that was undone since, by a cast or a move to another device."""
+    by_forward = {rule.forward: rule.prepare for rule in RULES}
+    for module in model.modules():
+        by_forward.get(getattr(type(module), "_m3k_forward", ""), _always)(module)
+
 
 OPS = tuple(dict.fromkeys(rule.op for rule in RULES))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from m3kernels.models.ministral3.as_transformers import ConfigNames
 from m3kernels.models.ministral3.weights import check_architecture
 
 ROPE_TYPES = ("yarn", "default")
@@ -172,9 +173,9 @@ class VisionConfig:
         return torch.cat([frequencies[0::2], frequencies[1::2]])
 
 
-@dataclass(frozen=True)
-class Config:
-    """A whole model.
+@dataclass
+class Config(ConfigNames):
+    """A whole model; fields cannot be set again.
 
     Attributes:
         vision: None for a checkpoint of the language model alone.

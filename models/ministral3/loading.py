@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from m3kernels.models.ministral3.export import read_as
 from m3kernels.models.ministral3.files import bar
 from m3kernels.models.ministral3.weights import Checkpoint
+from m3kernels.patching.rules import prepare
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def load(
         if dtype is not None:
             model.to(dtype)
         _to_empty(model, torch.device(device))
+        prepare(model)
     parameters = dict(model.named_parameters())
     total = sum(part_of(p).nbytes for p in parameters.values())
     with bar("load", total, progress) as advance:

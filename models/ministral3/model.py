@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +12,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import ModelOutput
 
 from m3kernels.models.ministral3 import tokens as packing
+from m3kernels.models.ministral3.as_transformers import ModelMethods, options_of_transformers
 from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.models.ministral3.config import Config, TextConfig
 from m3kernels.models.ministral3.layers import Linear, RMSNorm
-from m3kernels.models.ministral3.text import Embedding, LanguageModel
+from m3kernels.models.ministral3.text import LanguageModel
 from m3kernels.models.ministral3.tokens import Tokens
 from m3kernels.models.ministral3.vision import Grids, Projector, VisionTower, grids_of
 from m3kernels.parallel import all_gather_tokens, all_reduce_sum, local, vocab_parallel_linear_cross_entropy
-
-if TYPE_CHECKING:
-    from m3kernels.models.ministral3.convert import Report
 
 IGNORED = -100
 
@@ -35,12 +32,16 @@ class Output(ModelOutput):
         loss: mean cross-entropy of the supervised tokens, over all ranks' batches; None without labels.
         logits: (batch, seq, V), zeros where the input had padding; (T, V) for packed tokens. None where the loss is
             computed without them.
-        cache: keys and values, to be passed with what comes next; None unless asked for.
+        cache: keys and values, to be passed with what comes next; None unless asked for. Also ``past_key_values``.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     cache: KVCache | None = None
+
+    @property
+    def past_key_values(self) -> KVCache | None:
+        return self.cache
 
 
 class Head(Linear):
@@ -68,6 +69,10 @@ class Head(Linear):
         return summed_loss(logits_TV, labels_T)
 
 
+def computes_loss(head: nn.Module) -> bool:
+    return getattr(head, "computes_loss", False)
+
+
 def summed_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Sum of the cross-entropies of the rows whose label is not -100; in fp32, fp64 for fp64."""
     wide = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
@@ -89,7 +94,7 @@ class Body(nn.Module):
         return self.multi_modal_projector(self.vision_tower(pixels, grids), grids)
 
 
-class Ministral3(nn.Module):
+class Ministral3(ModelMethods, nn.Module):
     """Ministral 3 with its vision tower, or the language model alone.
 
     Parameters have transformers' runtime names (``model.language_model.layers.0.self_attn.q_proj.weight``). Plain PyTorch;
@@ -157,36 +162,6 @@ class Ministral3(nn.Module):
         model.source = checkpoint.folder
         return model.eval()
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike,
-        hf_model: str | os.PathLike | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        overwrite: bool = False,
-        progress: bool = False,
-    ) -> "Report":
-        """Writes a Hugging Face checkpoint: safetensors, ``config.json``, and the tokenizer's files of what it came from.
-
-        A sharded model is saved by all ranks together: each gathers one tensor at a time, the first one writes, and no
-        rank returns before the folder is there. One that is whole on every rank is saved by the rank that calls.
-
-        Args:
-            folder: appears when it is complete; a failure leaves what stood there.
-            hf_model: a checkpoint whose names, files, dtypes, config and other files are written instead.
-            dtype: of the file; the parameters' own by default, with ``hf_model`` that of its layout.
-            overwrite: replace a checkpoint that stands there.
-            progress: whether to show a bar.
-
-        Raises:
-            CheckpointError: the folder is not free or its disk too small; the config is not known (a model that was
-                not made from a Hugging Face config needs ``hf_model``) or does not fit the parameters; on every rank.
-            OSError: the disk, on the rank that writes; CheckpointError on the others.
-        """
-        from m3kernels.models.ministral3.convert import to_hf
-
-        return to_hf(self, folder, hf_model, dtype=dtype, overwrite=overwrite, progress=progress)
-
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draws matrices from a normal distribution of ``config.initializer_range``; norms are one, biases and padding zero."""
@@ -208,29 +183,24 @@ class Ministral3(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
-    def get_input_embeddings(self) -> Embedding:
-        return self.model.language_model.embed_tokens
-
-    def get_output_embeddings(self) -> Head:
-        return self.lm_head
-
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | Sequence | None = None,
         labels: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         cache: KVCache | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-        shift_labels: Tensor | None = None,
         skip_logits: bool | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = True,
+        **options,
     ) -> Output:
         """Hugging Face's batch, or packed tokens.
 
@@ -243,45 +213,68 @@ class Ministral3(nn.Module):
             pixel_values: (images, channels, height, width), for the image tokens in their order.
             image_sizes: (images, 2), height and width of each image in pixels.
             labels: like ``input_ids``, -100 where nothing is predicted; shifted here, as transformers does.
+            inputs_embeds: (*shape of input_ids, D) embeddings instead of ``input_ids``; without images.
             cu_seqlens: (sequences + 1,) boundaries of packed sequences.
-            cache: what an earlier forward returned; its tokens are seen, and these are added.
+            cache: what an earlier forward returned; its tokens are seen, and these are added. No gradients are recorded.
             use_cache: whether to begin a cache where none is given.
             logits_to_keep: the last so many columns, or the columns given; 0 is all.
             num_items_in_batch: what the summed loss is divided by; by default the supervised tokens of all ranks.
-            shift_labels: labels that are shifted already, instead of ``labels``.
-            skip_logits: leave logits out where there is a loss; by default in training, where the loss needs none.
+            skip_logits: leave logits out where there is a loss; by default in training, where the loss needs none, unless
+                ``logits_to_keep`` or ``return_dict=False`` asks for some.
             return_dict: False returns a tuple.
+            options: ``shift_labels``, labels that are shifted already, instead of ``labels``; ``past_key_values``, another
+                name of ``cache``; ``cu_seq_lens_q``, of ``cu_seqlens``; and what transformers passes on that changes nothing.
 
         Raises:
             ValueError: inputs of shapes that do not fit together, image tokens without as many features, images for a
-                model without a tower, or a cache while gradients are recorded.
+                model without a tower, or a cache while gradients are recorded in training.
+            TypeError: an option that there is not.
         """
+        taken = options_of_transformers(options)
+        cache = taken.get("past_key_values") if cache is None else cache
+        cu_seqlens = taken.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        group = None if self.layout is None else self.layout.tp_group
+        if inputs_embeds is not None:
+            if pixel_values is not None or group is not None:
+                raise ValueError("inputs_embeds go with neither pixel_values nor tensor parallelism: pass input_ids")
+            input_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:-1], dtype=torch.long)
         if cu_seqlens is not None:
             if attention_mask is not None or cache is not None or use_cache:
                 raise ValueError("cu_seqlens goes with neither attention_mask nor a cache: packed rows have no padding")
             tokens = packing.from_packed(input_ids, cu_seqlens, position_ids)
         else:
-            tokens = packing.from_rows(input_ids, attention_mask, position_ids, cache)
-        group = None if self.layout is None else self.layout.tp_group
+            tokens = packing.from_rows(input_ids, attention_mask, position_ids, cache, use_cache=bool(use_cache))
         if group is not None:
             tokens = tokens.padded_to(group.size())
         if use_cache and cache is None:
             cache = KVCache(input_ids.shape[0], max(tokens.sequences.lengths))
+        if cache is not None and torch.is_grad_enabled() and self.training:
+            raise ValueError("a cache keeps no gradients: call in eval mode or under torch.no_grad()")
 
-        x_tD = self.hidden_states(tokens, pixel_values, image_sizes, cache, group)
+        labels_T = self.labels_of(tokens, labels, taken.get("shift_labels"))
+        everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if skip_logits is None:
+            needless = group is not None or computes_loss(self.lm_head)
+            skip_logits = self.training and needless and everything and return_dict is not False
+        loss = logits = None
+        # keys and values are read back from the cache without one: a gradient of the rest alone would be wrong
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            x_tD = self.hidden_states(tokens, pixel_values, image_sizes, cache, group, inputs_embeds)
+            # what the loss is taken from where the head does not take it itself: once, for both
+            logits_TV = None
+            if labels_T is not None and group is None and not computes_loss(self.lm_head):
+                logits_TV = self.lm_head(x_tD)
+            if labels_T is None or not skip_logits:
+                known = logits_TV is not None and everything
+                logits = tokens.spread(logits_TV) if known else self.logits(x_tD, tokens, logits_to_keep, group)
+            if labels_T is not None:
+                loss = self.loss(x_tD, labels_T, num_items_in_batch, group, logits_TV)
         if cache is not None:
             cache.end(tokens.sequences.rows, tokens.sequences.lengths, input_ids.shape[-1])
-
-        loss = logits = None
-        labels_T = self.labels_of(tokens, labels, shift_labels)
-        if labels_T is None or not (self.training if skip_logits is None else skip_logits):
-            logits = self.logits(x_tD, tokens, logits_to_keep, group)
-        elif skip_logits is None and group is None and not self.lm_head.computes_loss:
-            logits = self.logits(x_tD, tokens, logits_to_keep, group)
-        if labels_T is not None:
-            loss = self.loss(x_tD, labels_T, num_items_in_batch, group)
         output = Output(loss, logits, cache)
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
     def hidden_states(
         self,
@@ -290,13 +283,15 @@ class Ministral3(nn.Module):
         image_sizes: Tensor | Sequence | None = None,
         cache: KVCache | None = None,
         group: torch.distributed.ProcessGroup | None = None,
+        embeds: Tensor | None = None,
     ) -> Tensor:
         """(t, D): what the head takes."""
         if cache is not None:
-            if torch.is_grad_enabled() and self.training:
-                raise ValueError("a cache keeps no gradients: call in eval mode or under torch.no_grad()")
             cache.begin(tokens.sequences.rows, tokens.sequences.lengths, tokens.ids_T.device)
-        x_tD = self.model.language_model.embed(tokens.ids_T, group)
+        if embeds is None:
+            x_tD = self.model.language_model.embed(tokens.ids_T, group)
+        else:
+            x_tD = tokens.rows(embeds)
         x_tD = self.place_images(x_tD, tokens.ids_T, pixels, image_sizes, group)
         return self.model.language_model(x_tD, tokens, cache, group)
 
@@ -361,6 +356,7 @@ class Ministral3(nn.Module):
         labels_T: Tensor,
         num_items: int | Tensor | None,
         group: torch.distributed.ProcessGroup | None,
+        logits_TV: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy over the number of supervised tokens, both over all ranks."""
         if num_items is None:
@@ -369,7 +365,7 @@ class Ministral3(nn.Module):
                 num_items = all_reduce_sum(num_items, self.layout.batch_group)
         x_TD = all_gather_tokens(x_tD, group)
         if group is None:
-            total = self.lm_head(x_TD, labels_T)
+            total = self.lm_head(x_TD, labels_T) if logits_TV is None else summed_loss(logits_TV, labels_T)
         else:
             options = {"vocab_size": self.config.text.vocab_size, "num_items": 1}
             total = vocab_parallel_linear_cross_entropy(x_TD, self.lm_head.rows(), labels_T, group, **options)

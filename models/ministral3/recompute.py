@@ -7,13 +7,16 @@ all         the layer's input
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from m3kernels.models.ministral3.config import TextConfig
 from m3kernels.ops._recompute import KeptOutputs, forgetting
+
+if TYPE_CHECKING:
+    from m3kernels.models.ministral3.config import TextConfig
 
 
 def _none(layer: nn.Module, *inputs):
@@ -32,11 +35,16 @@ def _attention(layer: nn.Module, *inputs):
         with kept.used():
             return layer(*inputs)
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=layer.self_attn.core.dropout > 0)
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=_draws(layer))
 
 
 def _all(layer: nn.Module, *inputs):
-    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=layer.self_attn.core.dropout > 0)
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=_draws(layer))
+
+
+def _draws(layer: nn.Module) -> bool:
+    """Whether a forward may take random numbers: for attention's dropout, or that of an adapter in the layer."""
+    return layer.self_attn.core.dropout > 0 or any(getattr(module, "p", 0) for module in layer.modules())
 
 
 # from the least recompute to the most
@@ -87,7 +95,7 @@ def set_recompute(
     return modes
 
 
-def kept_bytes(config: TextConfig, tokens: int, dtype: torch.dtype, tp: int = 1) -> dict[str, int]:
+def kept_bytes(config: "TextConfig", tokens: int, dtype: torch.dtype, tp: int = 1) -> dict[str, int]:
     """What one layer of the patched model keeps for its backward on one rank, by mode; nothing that a step shares."""
     size, here = dtype.itemsize, tokens / tp
     residual = here * config.hidden_size * size

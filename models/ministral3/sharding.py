@@ -1,13 +1,16 @@
 """The one table of how parameters are split over tensor-parallel ranks: sharding, loading, checks and the docs read it."""
 
 import fnmatch
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from m3kernels.models.ministral3.config import Config
 from m3kernels.parallel import ParallelError
 
 TEXT = "model.language_model."
 LAYER = TEXT + "layers.*."
+BEGIN, END = "<!-- placements -->", "<!-- /placements -->"
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,6 @@ class Row:
     Attributes:
         names: pattern of transformers' runtime names.
         dim: which dimension is split, None for none.
-        divides: what has to be divisible by the ranks, and its size in a config; None where nothing is split.
         reads, leaves: what comes in before the product, and what happens to its result.
     """
 
@@ -33,8 +35,8 @@ class Row:
 
     @property
     def gradient(self) -> str:
-        """Where the gradient stands after the backward: every rank saw other tokens with a whole parameter."""
-        return "Partial" if self.dim is None else self.placement
+        """What becomes of the gradient: every rank saw other tokens with a whole parameter, so there it is summed."""
+        return "summed over tp" if self.dim is None else self.placement
 
 
 ROWS = (
@@ -91,3 +93,14 @@ def table() -> str:
     for row in ROWS:
         lines.append(f"| `{row.names}` | {row.placement} | {row.gradient} | {row.reads} | {row.leaves} |")
     return "\n".join(lines)
+
+
+def write_into(path: str | os.PathLike) -> None:
+    """Puts the table between the marks of a Markdown file."""
+    path = Path(path)
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_into("docs/parallel.md")

@@ -52,6 +52,11 @@ class Tokens:
         flat = flat if self.columns_T is None else flat[self.columns_T]
         return F.pad(flat, (0, self.pad), value=-100) if self.pad else flat
 
+    def rows(self, x: Tensor) -> Tensor:
+        """(T, D): those that are tokens of (*input's shape, D)."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        return x_TD if self.columns_T is None else x_TD[self.columns_T]
+
     def spread(self, x_TV: Tensor) -> Tensor:
         """(T, V) as (*input's shape, V); zeros where the input had padding."""
         x_TV = x_TV[: x_TV.shape[0] - self.pad]
@@ -66,6 +71,8 @@ def from_rows(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cache: KVCache | None = None,
+    *,
+    use_cache: bool = False,
 ) -> Tokens:
     """Hugging Face's batch.
 
@@ -75,9 +82,10 @@ def from_rows(
         position_ids: (batch or 1, seq); by default as transformers counts them, padding included. Where they do not
             go on by one, and there is neither mask nor cache, another packed sequence begins.
         cache: what was seen before.
+        use_cache: whether a cache begins, whose rows are those of the batch.
 
     Raises:
-        ValueError: a mask or positions of another shape; a mask that is not one of padding.
+        ValueError: a mask or positions of another shape; a mask that is not one of padding, or of nothing else.
     """
     batch, seq = ids.shape
     seen = 0 if cache is None else cache.columns
@@ -105,10 +113,12 @@ def from_rows(
         counts = attention_mask.sum(1).tolist()
         rows = tuple(i for i, n in enumerate(counts) if n)
         lengths = tuple(n for n in counts if n)
+        if not lengths:
+            raise ValueError(f"attention_mask of {[batch, seq]} is 0 everywhere: there is no token to compute")
         sequences = Sequences(lengths, rows, ids.device)
         return Tokens(ids.flatten()[columns], positions.flatten()[columns], sequences, columns, (batch, seq))
     lengths, rows = (seq,) * batch, tuple(range(batch))
-    if position_ids is not None and attention_mask is None and cache is None and seq > 1:
+    if position_ids is not None and attention_mask is None and cache is None and not use_cache and seq > 1:
         lengths, rows = _packed(positions)
     sequences = Sequences(lengths, rows, ids.device)
     return Tokens(ids.flatten(), positions.flatten(), sequences, None, (batch, seq))

@@ -5,10 +5,12 @@ import os
 
 import pytest
 import torch
+from hf_folders import save
 from native import kept, like, seen, trained, twins
 from torch import nn
 
 import m3kernels
+from m3kernels.models.ministral3 import Ministral3
 from m3kernels.patching.joint import lay_side_by_side, whole_weight
 from models import FP32, FP64, VOCAB, Float64, assert_same, batch_for, distance, text_batch, vlm_batch
 
@@ -140,14 +142,73 @@ def test_weights_that_came_apart_have_products_of_their_own(apart):
     assert_same(trained(ours, batch), trained(plain, batch), FP32)
 
 
-def test_neighbours_by_chance_are_not_taken_for_one():
+def test_only_what_was_laid_side_by_side_is_taken_for_one():
     a, b = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
-    for layer in (a, b):
+    for layer, rows in zip((a, b), torch.randn(8, 8).split(4)):
         layer.is_plain_linear = True
+        layer.weight.data = rows
     x = torch.randn(2, 8)
-    assert whole_weight(x, a, b) is None or a.weight.untyped_storage().nbytes() >= 2 * a.weight.nbytes
+    assert whole_weight(x, a, b) is None
     lay_side_by_side(a, b)
     assert whole_weight(x, a, b) is not None and whole_weight(x, b, a) is None
+    a.weight.data = a.weight.clone()
+    assert whole_weight(x, a, b) is None
+    lay_side_by_side(a, b)
+    assert whole_weight(x, a, b) is not None
+
+
+def side_by_side(model) -> bool:
+    """Whether the gate and up products of a layer are one."""
+    mlp = model.model.language_model.layers[0].mlp
+    return whole_weight(torch.empty(0, dtype=model.dtype), mlp.gate_proj, mlp.up_proj) is not None
+
+
+def test_every_weight_is_saved(tmp_path):
+    """Of a shared storage safetensors saves nothing, and accelerate one tensor alone: each has to be a storage by itself."""
+    import safetensors.torch as st
+    from accelerate.utils.other import clean_state_dict_for_safetensors
+
+    _, plain, ours = three("text")
+    assert side_by_side(ours)
+    state = dict(plain.state_dict())
+    assert_same(clean_state_dict_for_safetensors(dict(ours.state_dict())), state, 0.0)
+    st.save_model(ours, tmp_path / "m.safetensors")
+    assert_same(st.load_file(tmp_path / "m.safetensors"), state, 0.0)
+    gate = ours.model.language_model.layers[0].mlp.gate_proj.weight
+    torch.save(gate, tmp_path / "gate.pt")
+    assert (tmp_path / "gate.pt").stat().st_size < 1.5 * gate.nbytes
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    st.load_model(ours, tmp_path / "m.safetensors")
+    assert_same(dict(ours.state_dict()), state, 0.0)
+    assert side_by_side(ours)
+
+
+def test_patching_again_lays_weights_side_by_side_again():
+    _, plain, ours = three("text")
+    ours = copy.deepcopy(ours).double()
+    assert not side_by_side(ours)
+    m3kernels.patch(ours)
+    assert side_by_side(ours)
+    assert_same(dict(ours.state_dict()), dict(plain.double().state_dict()), 0.0)
+
+
+def test_weights_are_read_side_by_side(tmp_path):
+
+    folder = save(tmp_path / "hf")
+    ours = Ministral3.from_pretrained(folder, prepare=m3kernels.patch)
+    assert side_by_side(ours)
+    assert_same(dict(ours.state_dict()), dict(Ministral3.from_pretrained(folder).state_dict()), 0.0)
+
+
+def test_a_weight_changed_before_the_backward_is_an_error():
+    _, _, ours = three("text")
+    loss = ours(**text_batch(ours)).loss
+    with torch.no_grad():
+        ours.model.language_model.layers[0].mlp.up_proj.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @interpreter

@@ -15,7 +15,7 @@ import m3kernels
 from m3kernels.models.ministral3 import Ministral3, layers
 from m3kernels.models.ministral3.parallelize import parallelize
 from m3kernels.parallel import make_mesh
-from models import Float64, text_batch, vlm_batch
+from models import Float64, distance, text_batch, vlm_batch
 
 # eight query heads over four of keys, so that four ranks can share them; a vocabulary of four parts
 TEXT = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 152}
@@ -27,11 +27,11 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def twin(kind: str, tied: bool = False, dtype=torch.float64, **text) -> Ministral3:
+def twin(kind: str, tied: bool = False, dtype=torch.float64, device: str = "cpu", **text) -> Ministral3:
     options = {**TEXT, "tie_word_embeddings": tied, **text}
     if kind == "vlm":
         options = {"text": options, "tie_word_embeddings": tied}
-    return twins(kind, dtype=dtype, **options)[1].train()
+    return twins(kind, dtype=dtype, device=device, **options)[1].train()
 
 
 def batches(model: Ministral3, kind: str, count: int, rank: int = 0, ranks: int = 1) -> list[dict]:
@@ -56,7 +56,8 @@ def batches(model: Ministral3, kind: str, count: int, rank: int = 0, ranks: int 
 def steps(model: nn.Module, data: list[dict], clip: float = 0.5) -> dict[str, Tensor]:
     """Loss, gradient norm and gradients of each step of AdamW, and the parameters at the end."""
     # eps as large as gradients: without it the first step is their sign, and an error of 1e-16 in one near zero shows
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
+    # foreach is what CUDA takes by default
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, foreach=True)
     seen = {}
     for step, batch in enumerate(data):
         loss = model(**batch).loss
@@ -81,22 +82,24 @@ def train(
     dtype=torch.float64,
     count: int = 4,
     wrong: bool = False,
+    device: str = "cpu",
 ) -> tuple[dict, dict]:
     """(what one process sees, what this rank of many sees)."""
     with Float64() if dtype == torch.float64 else nullcontext():
-        one = twin(kind, tied, dtype)
+        one = twin(kind, tied, dtype, device)
         for name, parameter in one.named_parameters():
             parameter.requires_grad_(not freeze or freeze not in name)
         many = copy.deepcopy(one)
         if patched:
             m3kernels.patch(many)
-        mesh = make_mesh(tp, dp, replicate, device_type="cpu")
+        mesh = make_mesh(tp, dp, replicate, device_type=device)
         parallelize(many, mesh)
         ranks = dp * replicate
         share = batches(one, kind, count, dist.get_rank() // tp, ranks)
         with mock.patch.object(layers, "local", part_alone) if wrong else nullcontext():
             seen = steps(many, share)
-        return steps(one, batches(one, kind, count)), seen
+        pair = steps(one, batches(one, kind, count)), seen
+        return tuple({name: x.cpu() for name, x in found.items()} for found in pair)
 
 
 def part_alone(parameter: Tensor) -> Tensor:
@@ -156,3 +159,35 @@ def errors(tp: int, text: dict) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def on_a_gpu(tp: int) -> dict[str, tuple[float, float]]:
+    """Distances from fp64 of (one process, many) in bf16 with kernels, on CUDA tensors over gloo: loss and gradients."""
+    torch.cuda.set_device(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "head_dim": 64, "num_hidden_layers": 3}
+    text = {**TEXT, **sizes, "tie_word_embeddings": False}
+    truth = twins("vlm", device="cuda", dtype=torch.float64, text=text, tie_word_embeddings=False)[1].train()
+    one = copy.deepcopy(truth).bfloat16()
+    many = copy.deepcopy(one)
+    for model in (one, many):
+        m3kernels.patch(model)
+    parallelize(many, make_mesh(tp, 1, device_type="cuda"))
+    seen = []
+    for model in (truth, one, many):
+        loss = model(**batches(model, "vlm", 1)[0]).loss
+        loss.backward()
+        seen.append({"loss": loss.detach()} | {n: gathered(p.grad).cpu() for n, p in model.named_parameters()})
+    exact, alone, split = seen
+    return {name: (distance(alone[name], exact[name]), distance(split[name], exact[name])) for name in exact}
+
+
+def gathered(grad: Tensor) -> Tensor:
+    """A gradient of all ranks on the host: DTensor's own collectives do not run over gloo on CUDA tensors."""
+    if not hasattr(grad, "to_local"):
+        return grad
+    (placement,), local = grad.placements, grad.to_local().cpu()
+    if placement.is_shard():
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts, dim=placement.dim)
+    return local
