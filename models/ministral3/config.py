@@ -198,7 +198,8 @@ class Config(ConfigNames):
 
         Args:
             config: of model_type "mistral3" with a "ministral3" text model, or "ministral3" alone.
-            tied: whether the head is the embedding; None goes by the config's flags, at the level nearest to the text.
+            tied: whether the head is the embedding; None goes by the flag of the outermost level, as
+                transformers does.
             pad_vocab_to: see ``TextConfig``.
 
         Raises:
@@ -229,6 +230,14 @@ class Config(ConfigNames):
         )
 
 
+def _activation(name: str, where: str) -> str:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ConfigError(f"{where} is {name!r}; allowed: {', '.join(sorted(ACT2FN))}")
+    return name
+
+
 def _text(hf) -> TextConfig:
     if hf.num_attention_heads % hf.num_key_value_heads:
         raise ConfigError(
@@ -243,7 +252,7 @@ def _text(hf) -> TextConfig:
         num_kv_heads=hf.num_key_value_heads,
         head_dim=hf.head_dim,
         rms_norm_eps=hf.rms_norm_eps,
-        hidden_act=hf.hidden_act,
+        hidden_act=_activation(hf.hidden_act, "hidden_act"),
         rope=Rope.from_hf(hf.rope_parameters, hf.max_position_embeddings),
         sliding_window=hf.sliding_window,
         attention_dropout=float(hf.attention_dropout),
@@ -267,12 +276,12 @@ def _vision(hf) -> VisionConfig:
         num_heads=tower.num_attention_heads,
         num_channels=tower.num_channels,
         patch_size=tower.patch_size,
-        hidden_act=tower.hidden_act,
+        hidden_act=_activation(tower.hidden_act, "vision_config.hidden_act"),
         rope_theta=tower.rope_parameters["rope_theta"],
         attention_dropout=float(tower.attention_dropout),
         spatial_merge_size=hf.spatial_merge_size,
         feature_layer=layer % (tower.num_hidden_layers + 1),
-        projector_act=hf.projector_hidden_act,
+        projector_act=_activation(hf.projector_hidden_act, "projector_hidden_act"),
         projector_bias=hf.multimodal_projector_bias,
         projector_eps=hf.text_config.rms_norm_eps,
     )

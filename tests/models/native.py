@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from m3kernels.models.ministral3 import Config, Ministral3
+from m3kernels.models.ministral3.loading import _to_empty
 from m3kernels.models.ministral3.weights import runtime_name
 from models import build
 
@@ -16,10 +17,8 @@ def like(hf: nn.Module) -> Ministral3:
     parameter = next(hf.parameters())
     with torch.device("meta"):
         model = Ministral3(Config.from_hf(copy.deepcopy(hf.config)))
-    model = model.to_empty(device=parameter.device).to(parameter.dtype)
-    if model.config.tied:
-        # to_empty has made two of them
-        model.lm_head.weight = model.get_input_embeddings().weight
+    _to_empty(model.to(parameter.dtype), parameter.device)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tied
     missing, extra = model.load_state_dict(state, strict=True)
     assert not missing and not extra
     return model.train(hf.training)

@@ -390,5 +390,8 @@ def test_what_does_not_fit_is_refused():
         lambda: Config.from_hf(text_config(rope_parameters=rope(rope_type="linear"))),
         ConfigError,
     )
+    raises(
+        "hidden_act is 'sloth'; allowed: .*silu", lambda: Config.from_hf(text_config(hidden_act="sloth")), ConfigError
+    )
     raises("cannot share", lambda: Config.from_hf(text_config(num_key_value_heads=4)), ConfigError)
     raises("model_type", lambda: Config.from_hf({"model_type": "llama"}), CheckpointError)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import m3kernels
 from m3kernels.models.ministral3 import Ministral3, layers
 from m3kernels.models.ministral3.parallelize import parallelize
+from m3kernels.models.ministral3.recompute import RUN, set_recompute
 from m3kernels.parallel import make_mesh
 from models import Float64, distance, text_batch, vlm_batch
 
@@ -100,6 +101,24 @@ def train(
             seen = steps(many, share)
         pair = steps(one, batches(one, kind, count)), seen
         return tuple({name: x.cpu() for name, x in found.items()} for found in pair)
+
+
+def recomputed(tp: int, dp: int, patched: bool) -> dict[str, dict]:
+    """Loss and gradients of one step, by recompute mode."""
+    plain, found = twin("vlm"), {}
+    mesh = make_mesh(tp, dp, device_type="cpu")
+    (batch,) = batches(plain, "vlm", 1, dist.get_rank() // tp, dp)
+    for mode in RUN:
+        model = copy.deepcopy(plain)
+        if patched:
+            m3kernels.patch(model)
+        parallelize(model, mesh)
+        set_recompute(model, mode)
+        loss = model(**batch).loss
+        loss.backward()
+        grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        found[mode] = {"loss": loss.detach(), **grads}
+    return found
 
 
 def part_alone(parameter: Tensor) -> Tensor:

@@ -32,6 +32,14 @@ def test_frozen_parts(freeze, tp, dp):
         assert_same(many, one, FP64)
 
 
+@pytest.mark.parametrize("patched", [False, True], ids=["eager", "patched"])
+@pytest.mark.parametrize("tp, dp", [(2, 1), (1, 2)])
+def test_recompute_gives_the_same_bits(tp, dp, patched):
+    for found in run(tp * dp, jobs.recomputed, tp, dp, patched):
+        for mode in ("cheap", "attention", "all"):
+            assert_same(found[mode], found["none"], 0.0)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("tp, dp", [(2, 2)])
 def test_with_kernels(tp, dp):
