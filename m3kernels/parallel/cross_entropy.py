@@ -36,11 +36,11 @@ FP16_SCALE = 1024.0
 
 @triton.jit
 def vocab_parallel_stats_kernel(
-    p_logits, p_label, p_top, p_total, p_target, row_stride, real, start, ignore_index, BLOCK: tl.constexpr
+    p_logits, p_label, p_top, p_total, p_target, row_stride, real_vocab, start, ignore_index, BLOCK: tl.constexpr
 ):
     """A row's largest logit, the sum of exponentials below it, and the label's logit (0 where another rank has it).
 
-    ``real`` columns count, the first of those that are here: -1e30 and 0 where all of them are padding.
+    ``real_vocab`` columns count, the first of those that are here: -1e30 and 0 where all of them are padding.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
@@ -54,16 +54,16 @@ def vocab_parallel_stats_kernel(
         # each lane keeps its own running maximum: no reduction across threads inside the loop
         b_top = tl.full([BLOCK], -1e30, tl.float32)
         b_total = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, real, BLOCK):
+        for first in range(0, real_vocab, BLOCK):
             o_col = first + o_lane
-            x = tl.load(p_row + o_col, mask=o_col < real, other=-float("inf")).to(tl.float32)
+            x = tl.load(p_row + o_col, mask=o_col < real_vocab, other=-float("inf")).to(tl.float32)
             b_new = tl.maximum(b_top, x)
             b_total = b_total * tl.exp2((b_top - b_new) * LOG2E) + tl.exp2((x - b_new) * LOG2E)
             b_top = b_new
         top = tl.max(b_top, axis=0)
         total = tl.sum(b_total * tl.exp2((b_top - top) * LOG2E), axis=0)
         column = label - start
-        target = tl.load(p_row + column, mask=(column >= 0) & (column < real), other=0.0).to(tl.float32)
+        target = tl.load(p_row + column, mask=(column >= 0) & (column < real_vocab), other=0.0).to(tl.float32)
     tl.store(p_top + row, top)
     tl.store(p_total + row, total)
     tl.store(p_target + row, target)
@@ -71,7 +71,7 @@ def vocab_parallel_stats_kernel(
 
 @triton.jit
 def vocab_parallel_dlogits_kernel(
-    p_logits, p_label, p_top, p_total, p_scale, row_stride, vocab, real, start, ignore_index, BLOCK: tl.constexpr
+    p_logits, p_label, p_top, p_total, p_scale, row_stride, vocab, real_vocab, start, ignore_index, BLOCK: tl.constexpr
 ):
     """A row of logits becomes its gradient, given the maximum and the sum over all ranks; zero where padding is."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -89,7 +89,7 @@ def vocab_parallel_dlogits_kernel(
         column = label - start
         for first in range(0, vocab, BLOCK):
             o_col = first + o_lane
-            x = tl.load(p_row + o_col, mask=o_col < real, other=-float("inf")).to(tl.float32)
+            x = tl.load(p_row + o_col, mask=o_col < real_vocab, other=-float("inf")).to(tl.float32)
             # the true class is subtracted in fp32, before the one rounding
             d = factor * tl.exp2((x - top) * LOG2E) - tl.where(o_col == column, 1.0, 0.0)
             tl.store(p_row + o_col, (d * scale).to(p_logits.dtype.element_ty), mask=o_col < vocab)
