@@ -7,8 +7,8 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from peft import get_peft_model
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_patch_peft import PROJECTIONS, disturb, kernels_run, lora, wrap
 from torch import nn
 from transformers import Ministral3ForCausalLM
@@ -153,6 +153,29 @@ def test_five_steps_are_those_of_the_dequantised_model(block_size, dora, device,
     assert_same(trained[1], trained[0], 20 * FP32)
     after = ours.state_dict()
     assert weights and all(torch.equal(after[n].float(), w.float()) for n, w in weights.items())
+
+
+@needs_fp32_adapters
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_trained_over_fp8_load_in_plain_peft(block_size, dora, tmp_path, kernels):
+    plain, ours = pair(block_size)
+    ours = wrap(ours, lora(use_dora=dora))
+    disturb(ours)
+    batch = text_batch(plain)
+    optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(2):
+        ours(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved and all(tensor.dtype == torch.float32 and "scale" not in name for name, tensor in saved.items())
+    before = plain(**batch).logits
+    loaded = PeftModel.from_pretrained(plain, tmp_path).eval()
+    with torch.no_grad():
+        want = ours.eval()(**batch).logits
+        assert distance(loaded(**batch).logits, want) <= 10 * FP32 and distance(before, want) > 1e-2
 
 
 WRONG = {
