@@ -28,7 +28,7 @@ from m3kernels.bench.model_shapes import SIZES, make_batch, step_flops, text_con
 from m3kernels.bench.results import commit
 from m3kernels.models.ministral3 import Config, Ministral3
 from m3kernels.models.ministral3.loading import local_slices, part_of
-from m3kernels.models.ministral3.parallelize import parallelize
+from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.recompute import RUN, set_recompute
 from m3kernels.parallel import make_mesh
 

@@ -15,9 +15,8 @@ import torch.distributed as dist
 from tiny import tiny_config
 
 import m3kernels
-from m3kernels.models.ministral3 import Config, Ministral3
-from m3kernels.models.ministral3.parallelize import parallelize
-from m3kernels.models.ministral3.recompute import RUN, set_recompute
+from m3kernels.models.ministral3 import Config, Ministral3, parallelize, set_recompute
+from m3kernels.models.ministral3.recompute import RUN
 from m3kernels.parallel import make_mesh
 
 VOCAB = 264

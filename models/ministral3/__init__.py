@@ -10,6 +10,8 @@ _HOMES = {
     "KVCache": "cache",
     "Ministral3": "model",
     "Output": "model",
+    "parallelize": "parallel",
+    "set_recompute": "recompute",
 }
 
 __all__ = list(_HOMES)

@@ -155,7 +155,7 @@ class Ministral3(ModelMethods, nn.Module):
         if prepare is not None:
             prepare(model)
         if mesh is not None:
-            from m3kernels.models.ministral3.parallelize import parallelize
+            from m3kernels.models.ministral3.parallel import parallelize
 
             parallelize(model, mesh, **sharding)
         load(model, checkpoint, dtype=dtype, device=device, progress=progress)

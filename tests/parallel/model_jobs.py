@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import m3kernels
 from m3kernels.models.ministral3 import Ministral3, layers
-from m3kernels.models.ministral3.parallelize import parallelize
+from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.recompute import RUN, set_recompute
 from m3kernels.parallel import make_mesh
 from models import Float64, distance, text_batch, vlm_batch

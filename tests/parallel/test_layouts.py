@@ -17,7 +17,7 @@ from transformers import Mistral3Config
 
 from m3kernels.models.ministral3 import Config, Ministral3, sharding
 from m3kernels.models.ministral3.loading import local_slices, part_of
-from m3kernels.models.ministral3.parallelize import parallelize
+from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.weights import EMBEDDING, HEAD
 from m3kernels.parallel import ParallelError, make_mesh
 

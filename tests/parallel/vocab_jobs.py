@@ -11,7 +11,7 @@ from torch import Tensor
 
 import m3kernels
 from m3kernels.models.ministral3 import Ministral3
-from m3kernels.models.ministral3.parallelize import parallelize
+from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.weights import EMBEDDING, HEAD
 from m3kernels.parallel import make_mesh
 from models import VOCAB, Float64, text_batch
