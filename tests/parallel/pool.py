@@ -57,7 +57,7 @@ class Pool:
         self._jobs = self._started = 0
         self._server = None
 
-    def run(self, world_size: int, function: Callable, *args, timeout_s: float = 60.0, backend: str = "gloo") -> list:
+    def run(self, world_size: int, function: Callable, *args, timeout_s: float = 180.0, backend: str = "gloo") -> list:
         """``function(*args)`` on every rank of a fresh process group; its results in the order of the ranks.
 
         The function is named at the level of a module, and everything that goes in and out can be pickled; each rank has
@@ -242,7 +242,7 @@ def _job(rank: int, payload: bytes, port: int, name: str, world_size: int, timeo
 _pool: Pool | None = None
 
 
-def run(world_size: int, function: Callable, *args, timeout_s: float = 60.0, backend: str = "gloo") -> list:
+def run(world_size: int, function: Callable, *args, timeout_s: float = 180.0, backend: str = "gloo") -> list:
     """:meth:`Pool.run` on the pool of this process."""
     __tracebackhide__ = True
     global _pool
