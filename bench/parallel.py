@@ -27,7 +27,7 @@ import m3kernels
 from m3kernels.bench.model_shapes import SIZES, make_batch, step_flops, text_config
 from m3kernels.bench.results import commit
 from m3kernels.models.ministral3 import Config, Ministral3
-from m3kernels.models.ministral3.loading import local_slices, part_of
+from m3kernels.models.ministral3.loading import local_slices, part_of, to_empty
 from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.recompute import RUN, set_recompute
 from m3kernels.parallel import make_mesh
@@ -39,10 +39,7 @@ BEGIN, END = "<!-- gpus -->", "<!-- /gpus -->"
 @torch.no_grad()
 def draw(model: Ministral3, device: torch.device, std: float) -> None:
     """Random weights in place, the same for every layout: each tensor is drawn whole, from its name, and cut."""
-    tied = model.lm_head.weight is model.get_input_embeddings().weight
-    model.to_empty(device=device)
-    if tied:
-        model.lm_head.weight = model.get_input_embeddings().weight
+    to_empty(model, device)
     for name, parameter in model.named_parameters():
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)

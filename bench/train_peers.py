@@ -91,8 +91,9 @@ def native(model: nn.Module) -> Iterator[None]:
     from m3kernels.models.ministral3.weights import runtime_name
 
     base = unwrap(model)
+    config = Config.from_hf(base.config)
     with torch.device("meta"):
-        twin = Ministral3(Config.from_hf(base.config))
+        twin = Ministral3(config)
     for name, module in list(base.named_modules()):
         if is_adapted(module):
             parent, _, leaf = runtime_name(name).rpartition(".")
@@ -101,24 +102,14 @@ def native(model: nn.Module) -> Iterator[None]:
         if ".lora_" not in name and ".base_layer." not in name:
             parent, _, leaf = runtime_name(name).rpartition(".")
             setattr(twin.get_submodule(parent), leaf, parameter)
-    if Config.from_hf(base.config).tied:
+    if config.tied:
         twin.lm_head.weight = twin.get_input_embeddings().weight
     twin.train(base.training)
     set_recompute(twin, "attention" if base.is_gradient_checkpointing else "none")
-    with ours(twin), attribute(base, "forward", twin.forward), attention_named(base, OURS):
+    # what the row says of the attention; nothing else reads it inside the block
+    named = attribute(base.config.get_text_config(), "_attn_implementation_internal", OURS)
+    with ours(twin), attribute(base, "forward", twin.forward), named:
         yield
-
-
-@contextmanager
-def attention_named(base: nn.Module, name: str) -> Iterator[None]:
-    """What the config says of the attention inside the block; nobody reads it there but the report."""
-    config = base.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
 
 
 @contextmanager

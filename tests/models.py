@@ -50,6 +50,22 @@ def rope(**changes) -> dict:
     return {key: value for key, value in {**full, **changes}.items() if value is not None}
 
 
+def released_rope(**changes) -> dict:
+    """YaRN as the released checkpoints have it."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+        **changes,
+    }
+
+
 def text_config(**changes) -> Ministral3Config:
     options = {
         "vocab_size": VOCAB,

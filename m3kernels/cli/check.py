@@ -77,13 +77,14 @@ def _own_model_rows(args: argparse.Namespace, device: str) -> list:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config
 
     from m3kernels.parity.model import has_fp8, measure_model, text_batch
+    from m3kernels.patching.api import transformers_version
 
     config = AutoConfig.from_pretrained(args.model)
     auto = AutoModelForCausalLM if config.model_type == "ministral3" else AutoModelForImageTextToText
     options = {"dtype": getattr(torch, args.dtype) if args.dtype else "auto"}
     fp8, quantization = None, getattr(config, "quantization_config", None)
     if quantization is not None and quantization["quant_method"] == "fp8":
-        if args.dtype == "float32" and _version(transformers) < (5, 24):
+        if args.dtype == "float32" and transformers_version() < (5, 24):
             print(f"note: transformers {transformers.__version__} reads FP8 checkpoints in bf16: checked in bf16")
             options["dtype"] = torch.bfloat16
         fp8 = auto.from_pretrained(args.model, **options).to(device)
@@ -100,10 +101,6 @@ def _own_model_rows(args: argparse.Namespace, device: str) -> list:
         truth = torch.float64
     batch = text_batch(model, device, args.tokens)
     return measure_model(model, batch, args.model, truth_dtype=truth, gradients=not args.no_gradients, fp8=fp8)
-
-
-def _version(package) -> tuple[int, int]:
-    return tuple(int(part) for part in package.__version__.split(".")[:2])
 
 
 def _dequantise_exactly(model: torch.nn.Module, folder: str, dtype: torch.dtype | str) -> None:

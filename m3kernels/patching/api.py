@@ -31,11 +31,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def transformers_version() -> tuple[int, int]:
+    """Major and minor."""
+    import transformers
+
+    major, minor, *_ = transformers.__version__.split(".")
+    return int(major), int(minor)
+
+
 def _check_transformers() -> None:
     import transformers
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < OLDEST_TRANSFORMERS:
+    if transformers_version() < OLDEST_TRANSFORMERS:
         raise PatchError(
             f"transformers {transformers.__version__} is too old: before 5.17 its Ministral 3 takes the query scale from "
             "the cache position, which is wrong with left padding and packing; pip install 'transformers>=5.17'"
@@ -255,9 +262,8 @@ def patch(
         switching, keeping = _attention_modules(base)
         switch_attention([module for _, module in switching])
         skipped += keeping
-        ours = ("native_attention",)
         counts["attention"] = sum(
-            is_switched(m) or getattr(type(m), "_m3k_forward", "") in ours for m in base.modules()
+            is_switched(m) or getattr(type(m), "_m3k_forward", "") == "native_attention" for m in base.modules()
         )
         described = _describe_attention(base)
     return PatchReport(

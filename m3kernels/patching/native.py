@@ -1,6 +1,7 @@
 """Fused forwards of our own Ministral 3 (``m3kernels.models.ministral3``), whole or sharded."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3kernels.ops import (
@@ -111,16 +112,15 @@ def _why_not(self: nn.Module, q: Tensor) -> str:
 def _cached(self: nn.Module, q_THK: Tensor, keys: Tensor, values: Tensor, sequences, cache) -> Tensor:
     """Queries over what the cache holds: the decode kernel for a few tokens of each row, packed attention for more."""
     lengths, rows = sequences.lengths, sequences.rows
-    filled = [cache.lengths[row] + n if row >= 0 else 0 for row, n in zip(rows, lengths)]
     if len(set(lengths)) == 1 and lengths[0] <= MAX_NEW_TOKENS and rows == tuple(range(len(keys))):
         q = q_THK.unflatten(0, (len(rows), lengths[0])).transpose(1, 2)
-        held = torch.tensor(filled, dtype=torch.int32, device=q.device)
         with torch.no_grad():
-            return attention_decode(q, keys, values, held, window=self.window).transpose(1, 2).flatten(0, 1)
-    k, v = (torch.cat([held[row, :, :n] for row, n in zip(rows, filled)], dim=1)[None] for held in (keys, values))
-    bounds = torch.tensor([0, *filled]).cumsum(0).to(q_THK.device, torch.int32)
+            out = attention_decode(q, keys, values, cache.filled_on_device, window=self.window)
+        return out.transpose(1, 2).flatten(0, 1)
+    k, v = (torch.cat([held[row, :, :n] for row, n in zip(rows, cache.filled)], dim=1)[None] for held in (keys, values))
+    bounds = F.pad(cache.filled_on_device.cumsum(0, dtype=torch.int32), (1, 0))
     packed = {"cu_seqlens_q": sequences.cu_seqlens, "cu_seqlens_k": bounds}
-    longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(filled)}
+    longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(cache.filled)}
     q = q_THK.transpose(0, 1)[None]
     return _tokens_first(attention(q, k, v, causal=True, window=self.window, **packed, **longest))
 

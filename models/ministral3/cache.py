@@ -11,6 +11,8 @@ class KVCache:
 
     Attributes:
         lengths: tokens that each sequence has in it.
+        filled: of the forward that has begun, for each of its packed sequences: tokens in the cache with its own, 0 for
+            padding; ``filled_on_device`` is the same as int32 there, made once for all layers.
         columns: how many columns of (batch, seq) inputs went through it, padding included: where transformers' default
             positions go on.
         room: for how many tokens a sequence there is memory. It grows on demand, to twice what it was.
@@ -22,6 +24,9 @@ class KVCache:
         self.room = room
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._slots: tuple[Tensor, Tensor] | None = None
+        self._rows: tuple[int, ...] = ()
+        self.filled: tuple[int, ...] = ()
+        self.filled_on_device: Tensor | None = None
 
     def begin(self, rows: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> None:
         """Makes room for a forward over packed sequences; a row of -1 is padding and is not kept.
@@ -29,10 +34,13 @@ class KVCache:
         Raises:
             ValueError: a batch of more sequences than the cache was made for.
         """
-        kept = [(row, length) for row, length in zip(rows, lengths) if row >= 0]
-        if max(row for row, _ in kept) >= len(self.lengths):
+        if max(rows) >= len(self.lengths):
             raise ValueError(f"the cache holds {len(self.lengths)} sequences, the batch has more: {max(rows) + 1}")
-        needed = max(self.lengths[row] + length for row, length in kept)
+        self._rows = rows
+        self.filled = tuple(self.lengths[row] + length if row >= 0 else 0 for row, length in zip(rows, lengths))
+        self.filled_on_device = torch.tensor(self.filled, dtype=torch.int32, device=device)
+        kept = [(row, length) for row, length in zip(rows, lengths) if row >= 0]
+        needed = max(self.filled)
         if needed > self.room:
             self.room = max(needed, 2 * self.room)
             for layer, pair in self._layers.items():
@@ -52,11 +60,11 @@ class KVCache:
         values[row_T, :, at_T] = v_TGK[: len(row_T)].detach()
         return keys, values
 
-    def end(self, rows: tuple[int, ...], lengths: tuple[int, ...], columns: int) -> None:
+    def end(self, columns: int) -> None:
         """Counts the tokens that every layer has appended, out of ``columns`` of input."""
-        for row, length in zip(rows, lengths):
+        for row, filled in zip(self._rows, self.filled):
             if row >= 0:
-                self.lengths[row] += length
+                self.lengths[row] = filled
         self.columns += columns
 
 

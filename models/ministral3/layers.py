@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -101,17 +102,9 @@ class Sequences:
     device: torch.device
 
     @cached_property
-    def bounds(self) -> tuple[int, ...]:
-        """Where each begins, and the number of tokens."""
-        bounds = [0]
-        for length in self.lengths:
-            bounds.append(bounds[-1] + length)
-        return tuple(bounds)
-
-    @cached_property
     def cu_seqlens(self) -> Tensor:
-        """``bounds`` as kernels take them, int32 on the device."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+        """Where each begins, and the number of tokens: int32 on the device, made once for all layers."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
 
 class SequenceAttention(nn.Module):
@@ -131,9 +124,9 @@ class SequenceAttention(nn.Module):
             return torch.cat([self.one(q, k, v) for q, k, v in zip(queries, keys, values)])
         keys, values = cache.update(self.layer, k_TGK, v_TGK)
         outs = []
-        for q, row in zip(queries, sequences.rows):
-            filled = slice(0, q.shape[0] + (cache.lengths[row] if row >= 0 else 0))
-            outs.append(self.one(q, keys[row, :, filled], values[row, :, filled]) if row >= 0 else torch.zeros_like(q))
+        for q, row, filled in zip(queries, sequences.rows, cache.filled):
+            seen = (keys[row, :, :filled], values[row, :, :filled])
+            outs.append(self.one(q, *seen) if row >= 0 else torch.zeros_like(q))
         return torch.cat(outs)
 
     def one(self, q_SHK: Tensor, k_GUK: Tensor, v_GUK: Tensor) -> Tensor:

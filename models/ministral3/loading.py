@@ -28,7 +28,7 @@ def load(
     if any(parameter.is_meta for parameter in model.parameters()):
         if dtype is not None:
             model.to(dtype)
-        _to_empty(model, torch.device(device))
+        to_empty(model, torch.device(device))
         prepare(model)
     parameters = dict(model.named_parameters())
     total = sum(part_of(p).nbytes for p in parameters.values())
@@ -42,7 +42,7 @@ def load(
             advance(part.nbytes)
 
 
-def _to_empty(model: nn.Module, device: torch.device) -> None:
+def to_empty(model: nn.Module, device: torch.device) -> None:
     """Memory for parameters on meta, without anything in it; ``nn.Module.to_empty`` alone would untie a head."""
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     model.to_empty(device=device)

@@ -272,7 +272,7 @@ class Ministral3(ModelMethods, nn.Module):
             if labels_T is not None:
                 loss = self.loss(x_tD, labels_T, num_items_in_batch, group, logits_TV)
         if cache is not None:
-            cache.end(tokens.sequences.rows, tokens.sequences.lengths, input_ids.shape[-1])
+            cache.end(input_ids.shape[-1])
         output = Output(loss, logits, cache)
         return output.to_tuple() if return_dict is False else output
 

@@ -1,6 +1,7 @@
 """Sharding a model over a mesh: tensor parallelism by the table, FSDP2 over the batch."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,12 @@ class Layout:
     mesh: DeviceMesh
     shards_vision: bool
 
-    @property
+    @cached_property
     def tp_group(self) -> ProcessGroup | None:
         """Ranks that share each layer, None for one."""
         return group_of(self.mesh, "tp")
 
-    @property
+    @cached_property
     def batch_group(self) -> ProcessGroup | None:
         """Ranks that see different batches, None for one."""
         if "dp_replicate" in self.mesh.mesh_dim_names:

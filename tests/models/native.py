@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from m3kernels.models.ministral3 import Config, Ministral3
-from m3kernels.models.ministral3.loading import _to_empty
+from m3kernels.models.ministral3.loading import to_empty
 from m3kernels.models.ministral3.weights import runtime_name
 from models import build
 
@@ -17,7 +17,7 @@ def like(hf: nn.Module) -> Ministral3:
     parameter = next(hf.parameters())
     with torch.device("meta"):
         model = Ministral3(Config.from_hf(copy.deepcopy(hf.config)))
-    _to_empty(model.to(parameter.dtype), parameter.device)
+    to_empty(model.to(parameter.dtype), parameter.device)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tied
     missing, extra = model.load_state_dict(state, strict=True)
     assert not missing and not extra

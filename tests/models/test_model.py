@@ -17,6 +17,7 @@ from models import (
     batch_for,
     distance,
     on,
+    released_rope,
     rope,
     text_batch,
     text_config,
@@ -227,18 +228,7 @@ def test_released_frequencies(theta, changes):
     """Of the released configs (floor and ceiling matter: 25 to 37 % without), against transformers' bits."""
     from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
 
-    released = {
-        "rope_type": "yarn",
-        "rope_theta": theta,
-        "factor": 16.0,
-        "original_max_position_embeddings": 16384,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "llama_4_scaling_beta": 0.1,
-        **changes,
-    }
+    released = released_rope(rope_theta=theta, **changes)
     hf = text_config(rope_parameters=released, head_dim=128, max_position_embeddings=262_144)
     mine, theirs = Config.from_hf(hf).text, Ministral3RotaryEmbedding(hf)
     assert torch.equal(mine.rope.inv_freq(128), theirs.inv_freq)

@@ -20,6 +20,7 @@ from m3kernels.models.ministral3.loading import local_slices, part_of
 from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.weights import EMBEDDING, HEAD
 from m3kernels.parallel import ParallelError, make_mesh
+from models import released_rope
 
 # layers, hidden, intermediate, theta, tied
 RELEASED = {
@@ -44,17 +45,7 @@ def config_of(size: str, vocab: int = VOCAB, layers: int | None = None, tower_la
         "head_dim": 128,
         "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": theta,
-            "factor": 16.0,
-            "original_max_position_embeddings": 16384,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
+        "rope_parameters": released_rope(rope_theta=theta),
     }
     vision = {
         "model_type": "pixtral",
