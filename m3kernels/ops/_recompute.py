@@ -76,6 +76,11 @@ class KeptOutputs:
         finally:
             _active.kept = before
 
+    @property
+    def any(self) -> bool:
+        """Whether an attention has kept something."""
+        return bool(self._outputs)
+
     def take(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if self._complete:
             self._next += 1

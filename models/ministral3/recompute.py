@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from m3kernels.ops._recompute import KeptOutputs, forgetting
+from m3kernels.patching.classes import note_fallback
 
 if TYPE_CHECKING:
     from m3kernels.models.ministral3.config import TextConfig
@@ -35,7 +36,10 @@ def _attention(layer: nn.Module, *inputs):
         with kept.used():
             return layer(*inputs)
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=_draws(layer))
+    outputs = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=_draws(layer))
+    if not kept.any:
+        note_fallback("attention under recompute", "its output is kept by our kernels only, so it is computed again")
+    return outputs
 
 
 def _all(layer: nn.Module, *inputs):
@@ -61,7 +65,8 @@ def set_recompute(
 ) -> tuple[str, ...]:
     """Chooses what the decoder layers of a ``Ministral3`` recompute.
 
-    "attention" needs kernels that give attention's log-sum-exp: without ``m3kernels.patch`` on a GPU it recomputes all.
+    "attention" needs kernels that give attention's log-sum-exp: without ``m3kernels.patch`` on a GPU it recomputes all, and
+    says so once.
 
     Args:
         mode: one for all layers, or one for each.

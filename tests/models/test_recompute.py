@@ -12,6 +12,7 @@ from native import trained, twins
 import m3kernels
 from m3kernels.models.ministral3.recompute import RUN, kept_bytes, least_recompute, set_recompute
 from m3kernels.ops import _recompute
+from m3kernels.patching import classes
 from models import FP64, IMAGES, assert_same, text_batch, vlm_batch
 
 attention = importlib.import_module("m3kernels.ops.attention")  # the package has the function by this name
@@ -178,6 +179,17 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=match):
             call()
     assert set_recompute(ours, budget_bytes=2**30, tokens=64) == ("none", "none")
+
+
+def test_an_attention_that_cannot_be_kept_is_reported_once(caplog, monkeypatch):
+    monkeypatch.setattr(classes, "_noted", set())
+    ours = model("text", False)
+    for mode, said in (("all", 0), ("attention", 1), ("attention", 1)):
+        set_recompute(ours, mode)
+        with torch.no_grad():
+            ours(**text_batch(ours))
+        trained(ours, text_batch(ours))
+        assert sum("computed again" in record.message for record in caplog.records) == said
 
 
 def test_a_copy_keeps_its_modes():
