@@ -43,10 +43,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    freeze_language_model: bool = False
-    freeze_vision_model: bool = False
-    freeze_vision_projection: bool = False
-    """Frozen parts are not trained. With PEFT whole parts are frozen anyway, but those of peft.train_*."""
+    freeze_language_model: bool | None = None
+    """True: not trained, and with PEFT without adapters. By default it is trained, with PEFT by its adapters."""
+    freeze_vision_model: bool | None = None
+    """True: not trained. By default it is trained, with PEFT only where peft.adapt_vision is set. An explicit False with PEFT
+    trains it as a whole beside the adapters."""
+    freeze_vision_projection: bool | None = None
+    """The same of the projector between vision tower and language model."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer; the key-value heads (8) must divide by it."""
     pipeline_model_parallel_size: int = 1
@@ -76,10 +79,6 @@ class PeftConfig:
     """Adapters on the vision tower, too."""
     adapt_projector: bool = False
     """Adapters on the projector, too."""
-    train_projector: bool = False
-    """The projector is trained as a whole beside the adapters."""
-    train_vision: bool = False
-    """The vision tower is trained as a whole beside the adapters."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,8 @@ class DatasetConfig:
     """Longest side of an image in pixels; the model's own (1540) by default."""
     max_bad_share: float = 0.01
     """Bad records are replaced; more than this share of those read ends the run with their list."""
+    tokenizer: str | None = None
+    """Folder or Hub id of tokenizer and processor; the pretrained checkpoint's by default."""
     system_prompt: str | None = None
     """Put before conversations without one."""
 
@@ -172,6 +173,8 @@ class CheckpointConfig:
     """At the end write what Hugging Face reads: the model, or PEFT's adapter."""
     merge_adapter: bool = False
     """At the end write the model with the adapters merged as well."""
+    allow_changed_data: bool = False
+    """Resume although the data or the pretrained weights are not those that the run began with."""
 
 
 @dataclass(frozen=True)

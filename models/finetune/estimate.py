@@ -1,0 +1,176 @@
+"""What a run will need and do, before it does it: parameters trained by part, memory a rank, FLOPs a token."""
+
+from dataclasses import dataclass
+
+import torch
+
+from m3kernels.models.finetune.build import DTYPES, PARTS, is_adapter, part_of_name
+from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
+from m3kernels.models.ministral3 import Ministral3, set_recompute
+from m3kernels.models.ministral3.recompute import kept_bytes, least_recompute
+from m3kernels.models.ministral3.sharding import row_of
+
+GIB = 2**30
+# what is left to the allocator's fragments, workspaces and NCCL
+SPARE = 0.08
+LOGITS_BYTES = 3 * 256 * 2**20
+# dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets
+PEAKS = (
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Attributes: parameters of a part of the model, those of them that are trained, those that are adapters."""
+
+    total: int
+    trained: int
+    adapters: int
+
+
+def count(model: Ministral3) -> dict[str, Counts]:
+    """By part of the model."""
+    found = {}
+    for part in PARTS:
+        mine = [(name, p) for name, p in model.named_parameters() if part_of_name(name) == part]
+        if mine:
+            found[part] = Counts(
+                sum(p.numel() for _, p in mine),
+                sum(p.numel() for _, p in mine if p.requires_grad),
+                sum(p.numel() for name, p in mine if is_adapter(name)),
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a rank, estimated: of weights, gradients and optimizer (``states``), activations, and what a step needs besides."""
+
+    weights: int
+    states: int
+    activations: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.states + self.activations + self.other
+
+
+def states_bytes(model: Ministral3, config: FinetuneConfig, tp: int, batch_ranks: int) -> tuple[int, int]:
+    """(weights, gradients and optimizer) of a rank."""
+    stored, computed = DTYPES[config.train.precision]
+    weights = states = 0
+    for name, p in model.named_parameters():
+        share = p.numel() / (tp if row_of(name).dim is not None else 1) / batch_ranks
+        if not p.requires_grad:
+            # a frozen tower stays whole on every rank
+            frozen_tower = part_of_name(name) != "language_model"
+            weights += (share * batch_ranks if frozen_tower else share) * computed.itemsize
+            continue
+        own_master = batch_ranks > 1 or stored == computed or is_adapter(name)
+        weights += share * (stored.itemsize if own_master else stored.itemsize + computed.itemsize)
+        moments = 2 * max(stored.itemsize, 4) if config.optimizer.name == "adamw" else 2
+        states += share * (stored.itemsize + moments)
+    return int(weights), int(states)
+
+
+def choose_recompute(
+    model: Ministral3, config: FinetuneConfig, tp: int, batch_ranks: int, memory: int | None
+) -> Memory:
+    """Sets what the layers recompute and says what a rank will need.
+
+    Args:
+        memory: bytes of the GPU; None on a CPU, where ``auto`` recomputes nothing.
+
+    Raises:
+        FinetuneError: it does not fit although everything is recomputed.
+    """
+    text, tokens = model.model.language_model, config.dataset.seq_length
+    _, dtype = DTYPES[config.train.precision]
+    kept = kept_bytes(text.config, tokens, dtype, tp)
+    layers = len(text.layers)
+    weights, states = states_bytes(model, config, tp, batch_ranks)
+    # gathered layers of FSDP2, two at a time, and the widest intermediate values of one
+    layer = sum(p.numel() for p in text.layers[0].parameters()) / tp * dtype.itemsize
+    embedding = text.embed_tokens.weight.numel() / tp * dtype.itemsize
+    other = LOGITS_BYTES + kept["none"] + (2 * layer + 2 * embedding if batch_ranks > 1 else 0)
+    if model.config.vision is not None:
+        vision = model.config.vision
+        patches = 4 * tokens
+        wide = 14 * vision.hidden_size + 4 * vision.intermediate_size
+        trained = any(p.requires_grad for name, p in model.named_parameters() if part_of_name(name) != "language_model")
+        other += patches * wide * dtype.itemsize * (vision.num_layers if trained else 1)
+    mode = config.train.recompute
+    if mode != "auto":
+        set_recompute(model, mode)
+    elif memory is None:
+        set_recompute(model, "none")
+    else:
+        budget = int(memory * (1 - SPARE) - weights - states - other)
+        try:
+            set_recompute(model, least_recompute(kept, layers, budget))
+        except ValueError as error:
+            raise FinetuneError(
+                f"this does not fit: weights {weights / GIB:.1f} GiB, gradients and optimizer {states / GIB:.1f}, a step's own "
+                f"{other / GIB:.1f}, of {memory / GIB:.1f} GiB; {error}. Take more ranks (tensor_model_parallel_size or data "
+                "parallel), peft.scheme=lora, train.precision=bf16_stochastic, or a smaller dataset.seq_length"
+            ) from error
+    return Memory(weights, states, sum(kept[m] for m in text.recompute), int(other))
+
+
+def flops_a_token(model: Ministral3, config: FinetuneConfig) -> float:
+    """FLOPs that a step of training must compute for each token in linears: 2 a parameter forward, 2 for the input's gradient,
+    2 for the weight's where it is trained. Attention is not in it, neither is recomputing nor the vision tower."""
+    text = model.model.language_model
+    linears = [
+        p
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and part_of_name(name) == "language_model" and not is_adapter(name)
+    ]
+    embedding = text.embed_tokens.weight
+    tied = model.lm_head.weight is embedding
+    total = 0.0
+    for p in linears:
+        if p is embedding and not tied:
+            continue
+        total += p.numel() * (6 if p.requires_grad else 4)
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of dense bf16 products by the data sheet; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def summary(config: FinetuneConfig, model: Ministral3, memory: Memory, ranks: int, steps_per_epoch: int | None) -> str:
+    """What ``--dry-run`` prints, and a run before it begins."""
+    tp = config.model.tensor_model_parallel_size
+    lines = [f"layout: {ranks} ranks = data parallel {ranks // tp} x tensor parallel {tp}"]
+    if config.model.replicate > 1:
+        lines[-1] += f", of which {config.model.replicate} copies"
+    lines.append(f"{'part':<24}{'parameters':>16}{'trained':>16}{'adapters':>14}")
+    for part, counts in count(model).items():
+        lines.append(f"{part:<24}{counts.total:>16,}{counts.trained:>16,}{counts.adapters:>14,}")
+    modes = model.model.language_model.recompute
+    chosen = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
+    lines.append(
+        f"memory a rank, estimated: {memory.total / GIB:.2f} GiB = weights {memory.weights / GIB:.2f} + gradients and optimizer "
+        f"{memory.states / GIB:.2f} + activations {memory.activations / GIB:.2f} + a step's own {memory.other / GIB:.2f}"
+    )
+    lines.append(f"recompute: {chosen} of {len(modes)} layers")
+    if steps_per_epoch is None:
+        lines.append(f"{config.train.train_iters} steps of a stream")
+    else:
+        epochs = config.train.train_iters / max(steps_per_epoch, 1)
+        lines.append(f"{steps_per_epoch} steps an epoch, {config.train.train_iters} steps = {epochs:.2f} epochs")
+    lines.append("loss: summed over supervised tokens, divided by their number in the whole global batch")
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""One optimizer step: backward of every micro batch, the gradient norm, and a check before anything is changed."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from m3kernels.models.finetune.build import Built
+from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
+from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
+from m3kernels.models.finetune.evaluate import compute_dtype
+from m3kernels.models.finetune.optimizer import set_learning_rate
+from m3kernels.models.finetune.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What ranks tell each other before a step.
+
+    Attributes:
+        supervised, tokens, capacity, read, bad: sums over all batches of the step.
+        stop: whether a rank was asked to stop.
+        written: whether every rank has written its part of an asynchronous checkpoint.
+    """
+
+    supervised: int
+    tokens: int
+    capacity: int
+    read: int
+    bad: int
+    stop: bool
+    written: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Attributes: loss per supervised token of all ranks, norm of the gradient before clipping, whether a step was taken."""
+
+    loss: float
+    grad_norm: float
+    stepped: bool
+
+
+def share(built: Built, batch: StepBatch, stop: bool, written: bool) -> Shared:
+    """Over all ranks; counts of batches once for each tensor-parallel group."""
+    layout = built.model.layout
+    counts = torch.tensor([batch.supervised, batch.tokens, batch.capacity, batch.read, len(batch.bad)], device="cpu")
+    flags = torch.tensor([stop, not written], dtype=torch.long)
+    if layout.tp_group is not None and layout.tp_group.rank() > 0:
+        counts.zero_()
+    both = torch.cat([counts, flags])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(both)
+    *sums, stops, unwritten = both.tolist()
+    return Shared(*sums, stop=stops > 0, written=unwritten == 0)
+
+
+def run_step(
+    built: Built, batch: StepBatch, shared: Shared, config: FinetuneConfig, step: int, beat: Callable[[str], None]
+) -> StepResult:
+    """Forward, backward and update.
+
+    Raises:
+        FinetuneError: loss or gradient that are NaN or Inf, with ``on_nonfinite=stop``; GPU memory that is too small.
+            Nothing was changed.
+    """
+    model, trained, optimizer = built.model, built.trained, built.optimizer
+    supervised = max(shared.supervised, 1)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for micro in batch.micro_batches:
+        beat(f"step {step + 1}, {', '.join(micro.samples[:3])}")
+        try:
+            loss = model(**micro.inputs(model.device, compute_dtype(model)), num_items_in_batch=supervised).loss
+            loss.backward()
+        except torch.OutOfMemoryError as error:
+            raise FinetuneError(out_of_memory(micro, step, error)) from error
+        total += loss.detach()
+    trained.fill_gradients()
+    total_norm = torch.nn.utils.get_total_norm([p.grad for p in trained.masters.values()])
+    whole_norm = total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm
+    loss, norm = torch.stack([total, whole_norm.to(total)]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        trained.zero_grad()
+        if config.train.on_nonfinite == "stop":
+            raise FinetuneError(nonfinite(built, batch, step, loss, norm))
+        return StepResult(loss, norm, stepped=False)
+    if config.optimizer.clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(trained.masters.values(), config.optimizer.clip_grad, total_norm)
+    set_learning_rate(optimizer, learning_rate(config, step))
+    optimizer.step()
+    trained.zero_grad()
+    trained.write_back()
+    return StepResult(loss, norm, stepped=True)
+
+
+def out_of_memory(micro: MicroBatch, step: int, error: Exception) -> str:
+    """Which batch it was, and what to lower."""
+    images = ", ".join(f"{h}x{w}" for h, w in micro.image_sizes) or "none"
+    return (
+        f"out of GPU memory in step {step + 1}: {micro.input_ids.numel()} tokens of {', '.join(micro.samples)}; images: "
+        f"{images}. Lower dataset.seq_length or dataset.max_image_size, take train.recompute=all, "
+        f"more model.tensor_model_parallel_size or ranks, or adapters (peft.scheme=lora). PyTorch: {str(error).splitlines()[0]}"
+    )
+
+
+@torch.no_grad()
+def nonfinite(built: Built, batch: StepBatch, step: int, loss: float, norm: float) -> str:
+    """Which rank and samples a NaN or Inf came from, found by a forward of each rank's batches alone."""
+    model = built.model
+    everyone = model.layout
+    alone = dataclasses.replace(everyone)
+    alone.__dict__["batch_group"] = None
+    guilty = []
+    for micro in batch.micro_batches:
+        model.layout = alone
+        try:
+            own = model(**micro.inputs(model.device, compute_dtype(model)), num_items_in_batch=1).loss
+        finally:
+            model.layout = everyone
+        if not bool(torch.isfinite(own)):
+            guilty.append(f"rank {dist.get_rank()}: {', '.join(micro.samples)} (loss {float(own)})")
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, guilty)
+    named = list(dict.fromkeys(line for lines in found for line in lines))
+    where = "; ".join(named[:8]) or f"the backward, of samples such as {', '.join(batch.micro_batches[0].samples[:4])}"
+    return (
+        f"loss {loss}, gradient norm {norm} in step {step + 1}: not finite, so the step was not taken. From {where}. "
+        "Look at these samples, lower optimizer.lr, or pass train.on_nonfinite=skip"
+    )
