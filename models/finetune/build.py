@@ -4,7 +4,6 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import m3kernels
@@ -39,6 +38,7 @@ class Built:
     """A model that can be trained.
 
     Attributes:
+        dtype: what it computes in.
         checkpoint: where its weights came from.
         fused: what m3kernels.patch reported; None without kernels.
     """
@@ -46,6 +46,7 @@ class Built:
     model: Ministral3
     trained: Trained
     optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
     checkpoint: Checkpoint
     fused: object | None
 
@@ -155,12 +156,7 @@ def build(
         prepare(model)
     stochastic = config.train.precision == "bf16_stochastic"
     optimizer = make_optimizer(trained, config.optimizer, stochastic=stochastic, seed=config.rng.seed)
-    return Built(model, trained, optimizer, checkpoint, fused)
-
-
-def train_mode(model: nn.Module) -> None:
-    """Dropout of adapters on; the parts that are frozen have none."""
-    model.train()
+    return Built(model, trained, optimizer, computed, checkpoint, fused)
 
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from m3kernels.models.finetune.config import FinetuneError
 
@@ -59,7 +59,8 @@ def together(function: Callable[[], object], what: str, *, everywhere: bool) -> 
     if everywhere or dist.get_rank() == 0:
         try:
             result = function()
-        except Exception as raised:
+        # DCP's is no Exception, and may wrap a KeyboardInterrupt of its writer
+        except (Exception, CheckpointException) as raised:
             error = f"rank {dist.get_rank()}: {_root(raised)}"
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3kernels.models.finetune.data.plan import StepBatch
+from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
 from m3kernels.models.ministral3 import Ministral3
 
 IGNORED = -100
@@ -16,52 +16,64 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Attributes: loss per supervised token, share of supervised tokens that are the most likely one, their number."""
+    """Over a set.
+
+    Attributes:
+        loss: per supervised token.
+        accuracy: share of supervised tokens that are the likeliest one after those before them.
+        exact: share of samples all of whose supervised tokens are: what greedy decoding would answer word by word.
+        tokens, samples: how many there were.
+    """
 
     loss: float
     accuracy: float
+    exact: float
     tokens: int
+    samples: int
 
 
 @torch.no_grad()
-def evaluate(model: Ministral3, batches: Iterable[StepBatch], beat: Callable[[str], None]) -> Evaluation:
-    """Over all ranks' batches; the same on every rank. Leaves the model in the mode that it was in."""
+def evaluate(
+    model: Ministral3, batches: Iterable[StepBatch], dtype: torch.dtype, beat: Callable[[str], None]
+) -> Evaluation:
+    """Over all ranks' batches; the same on every rank. Leaves the model in the mode that it was in.
+
+    Args:
+        dtype: what the model computes in.
+    """
     training = model.training
     model.eval()
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(5, dtype=torch.float64)
     for batch in batches:
         for micro in batch.micro_batches:
             beat(f"evaluation, {', '.join(micro.samples[:3])}")
-            total += _sums(model, micro)
-    group = model.layout.batch_group
-    if group is not None:
-        total = total.to(model.device if model.device.type == "cuda" else "cpu")
-        dist.all_reduce(total, group=group)
+            total += _sums(model, micro, dtype)
+    if model.layout.batch_group is not None:
+        total = total.to(model.device)
+        dist.all_reduce(total, group=model.layout.batch_group)
     model.train(training)
-    loss, right, tokens = total.tolist()
-    return Evaluation(loss / max(tokens, 1), right / max(tokens, 1), int(tokens))
+    loss, right, tokens, exact, samples = total.tolist()
+    return Evaluation(loss / max(tokens, 1), right / max(tokens, 1), exact / max(samples, 1), int(tokens), int(samples))
 
 
-def _sums(model: Ministral3, micro) -> Tensor:
-    """(summed loss, tokens predicted right, supervised tokens) of this rank's batch, from the supervised columns' logits."""
-    inputs = micro.inputs(model.device, compute_dtype(model))
+def _sums(model: Ministral3, micro: MicroBatch, dtype: torch.dtype) -> Tensor:
+    """(summed loss, tokens right, tokens, samples right, samples) of this rank's batch, from the supervised columns' logits."""
+    inputs = micro.inputs(model.device, dtype)
     labels = F.pad(inputs.pop("labels").flatten(), (0, 1), value=IGNORED)[1:]
     at = (labels != IGNORED).nonzero()[:, 0]
     # a rank without labels takes part in the forward, which other ranks wait for
     columns = at if len(at) else torch.zeros(1, dtype=torch.long, device=at.device)
     logits = model(**inputs, logits_to_keep=columns).logits
     if not len(at):
-        return torch.zeros(3, dtype=torch.float64)
+        return torch.zeros(5, dtype=torch.float64)
     logits = logits.reshape(len(at), -1)
     loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[at], reduction="sum")
-    right = (logits.argmax(-1) == labels[at]).sum()
-    return torch.tensor([float(loss), float(right), len(at)], dtype=torch.float64)
-
-
-def compute_dtype(model: Ministral3) -> torch.dtype:
-    """What activations are in: under FSDP2 that of the gathered weights."""
-    policy = getattr(getattr(model, "_get_fsdp_state", lambda: None)(), "_mp_policy", None)
-    return getattr(policy, "param_dtype", None) or model.dtype
+    right = logits.argmax(-1) == labels[at]
+    which = torch.bucketize(at.cpu(), torch.tensor(micro.cu_seqlens[1:]), right=True)
+    wrong = set(which[~right.cpu()].tolist())
+    seen = set(which.tolist())
+    counts = [float(loss), int(right.sum()), len(at), len(seen - wrong), len(seen)]
+    return torch.tensor(counts, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.loader import step_batches
 from m3kernels.models.finetune.data.plan import Plan, StepBatch
 from m3kernels.models.finetune.estimate import flops_a_token, peak_flops
-from m3kernels.models.finetune.evaluate import answer, compute_dtype, evaluate
+from m3kernels.models.finetune.evaluate import answer, evaluate
 from m3kernels.models.finetune.optimizer import set_step
 from m3kernels.models.finetune.process import Process, StopSignals, Watch
 from m3kernels.models.finetune.resolve import Folders, changes
@@ -256,9 +256,12 @@ class Run:
         rank = 0 if layout.batch_group is None else layout.batch_group.rank()
         ranks = self.process.size // self.tp
         batches = self.data.valid.eval_batches(validation.eval_iters, rank, ranks)
-        found = evaluate(self.built.model, batches, watch.beat)
-        self.say(f"step {self.progress.step}: validation loss {found.loss:.4f}, token accuracy {found.accuracy:.1%}")
-        self._write({"valid_loss": found.loss, "valid_accuracy": found.accuracy, "valid_tokens": found.tokens})
+        found = evaluate(self.built.model, batches, self.built.dtype, watch.beat)
+        self.say(
+            f"step {self.progress.step}: validation loss {found.loss:.4f}, tokens right {found.accuracy:.1%}, "
+            f"answers right {found.exact:.1%} of {found.samples}"
+        )
+        self._write({f"valid_{name}": value for name, value in asdict(found).items()})
         self._show_answers(watch)
         better = math.isfinite(found.loss) and found.loss < self.progress.best.get("loss", math.inf)
         if better:
@@ -270,7 +273,7 @@ class Run:
         for prompt in self.data.valid.prompts(self.config.validation.generate_samples):
             watch.beat(f"an answer to {prompt.where}")
             model = self.built.model
-            pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(model.device, compute_dtype(model))
+            pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(model.device, self.built.dtype)
             ids = torch.tensor([prompt.tokens], device=model.device)
             options = {"eos": self.data.encoder.eos_token, "max_new_tokens": self.config.validation.max_new_tokens}
             given = self.data.encoder.decode(answer(model, ids, pixels, prompt.image_sizes, **options))

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from m3kernels.models.finetune.build import Built
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
-from m3kernels.models.finetune.evaluate import compute_dtype
 from m3kernels.models.finetune.optimizer import set_learning_rate
 from m3kernels.models.finetune.schedule import learning_rate
 
@@ -73,7 +72,7 @@ def run_step(
     for micro in batch.micro_batches:
         beat(f"step {step + 1}, {', '.join(micro.samples[:3])}")
         try:
-            loss = model(**micro.inputs(model.device, compute_dtype(model)), num_items_in_batch=supervised).loss
+            loss = model(**micro.inputs(model.device, built.dtype), num_items_in_batch=supervised).loss
             loss.backward()
         except torch.OutOfMemoryError as error:
             raise FinetuneError(out_of_memory(micro, step, error)) from error
@@ -117,7 +116,7 @@ def nonfinite(built: Built, batch: StepBatch, step: int, loss: float, norm: floa
     for micro in batch.micro_batches:
         model.layout = alone
         try:
-            own = model(**micro.inputs(model.device, compute_dtype(model)), num_items_in_batch=1).loss
+            own = model(**micro.inputs(model.device, built.dtype), num_items_in_batch=1).loss
         finally:
             model.layout = everyone
         if not bool(torch.isfinite(own)):
