@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
 
 from m3kernels.models.finetune.build import build, model_on_meta, open_checkpoint
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
@@ -76,8 +75,7 @@ def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:
         FinetuneError: a set that is not there or has other columns, a checkpoint without a tokenizer.
     """
     data, train = config.dataset, config.train
-    tokenizer = locate_tokenizer(data.tokenizer) if data.tokenizer else checkpoint
-    encoder = Encoder.open(tokenizer, max_image_size=data.max_image_size, system_prompt=data.system_prompt)
+    encoder = Encoder.open(data.tokenizer or checkpoint, max_image_size=data.max_image_size, system_prompt=data.system_prompt)
     options = {
         "seed": config.rng.seed,
         "global_batch_size": train.global_batch_size,
@@ -91,13 +89,6 @@ def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:
     plan = Plan(source, encoder, shuffle=data.shuffle, **options)
     valid = open_source(data, "valid", seed=config.rng.seed) if config.validation.eval_interval else None
     return Data(plan, None if valid is None else Plan(valid, encoder, shuffle=False, **options), encoder)
-
-
-def locate_tokenizer(source: str) -> Path:
-    """A folder as it is; of a Hub id only what is no weights is downloaded."""
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"]))
 
 
 def _silent(*_) -> None:
