@@ -41,6 +41,6 @@ class MockSource(Sequence):
         return f"{self.name}:{i}"
 
 
-def make_mock_dataset(*, path: str | None = None, split: str = "train") -> MockSource:
-    """The mock set; its splits are the same."""
+def make_mock_dataset(*, path: str | None = None, split: str = "train", streaming: bool = False) -> MockSource:
+    """The mock set; its splits are the same, and it is never read from anywhere."""
     return MockSource()
