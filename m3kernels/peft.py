@@ -22,15 +22,15 @@ def target_modules(
     names: Iterable[str] = NAMES,
     layers: Iterable[int] | None = None,
 ) -> list[str]:
-    """The linear layers of a Ministral 3 to train an adapter on, for ``LoraConfig(target_modules=...)``.
+    """The linear layers of a Ministral 3 to train an adapter on, for ``LoraConfig(target_modules=...)`` or ``add_adapters``.
 
     Full names, of which PEFT matches each to one module; never the head or the embeddings. Patched or not makes no
     difference, and neither does an adapter that is there already.
 
     Args:
-        model: a Ministral 3 model with or without a vision tower, one of its inner models, or any of these inside PEFT,
-            DDP or ``torch.compile`` wrappers. Names are relative to the model inside the wrappers, as PEFT's
-            ``get_peft_model`` and ``add_adapter`` want them.
+        model: a Ministral 3 model with or without a vision tower, Hugging Face's or our own, one of its inner models, or any
+            of these inside PEFT, DDP or ``torch.compile`` wrappers. Names are relative to the model inside the wrappers, as
+            PEFT's ``get_peft_model`` and ``add_adapter`` want them.
         text: take the text layers.
         vision: take the layers of the vision tower.
         projector: take the projector between them: linear_1, linear_2 and the patch merger's merging_layer.
@@ -100,31 +100,43 @@ def _chosen_layers(layers: Iterable[int], count: int) -> list[int]:
 
 def _find(base: nn.Module, modules: dict[str, nn.Module], part: str) -> list[str]:
     """Names of a part's layers, or of the projector."""
-    from m3kernels.patching.rules import MULTIMODAL, TEXT, VISION  # imports transformers
+    from m3kernels.patching.rules import MULTIMODAL, TEXT, VISION, native  # imports transformers
 
-    source, owner, unit, what = {
-        "text": (TEXT, "Ministral3Model", "Ministral3DecoderLayer", "Ministral 3 text model"),
-        "vision": (VISION, "PixtralVisionModel", "PixtralAttentionLayer", "Pixtral vision tower"),
-        "projector": (MULTIMODAL, "Mistral3MultiModalProjector", "Mistral3MultiModalProjector", "Mistral 3 projector"),
+    # Hugging Face's classes and our own
+    projectors = {(MULTIMODAL, "Mistral3MultiModalProjector"), (native.VISION, "Projector")}
+    owner, owners, units, what = {
+        "text": (
+            "Ministral3Model",
+            {(TEXT, "Ministral3Model"), (native.TEXT, "LanguageModel")},
+            {(TEXT, "Ministral3DecoderLayer"), (native.TEXT, "DecoderLayer")},
+            "Ministral 3 text model",
+        ),
+        "vision": (
+            "PixtralVisionModel",
+            {(VISION, "PixtralVisionModel"), (native.VISION, "VisionTower")},
+            {(VISION, "PixtralAttentionLayer"), (native.VISION, "VisionLayer")},
+            "Pixtral vision tower",
+        ),
+        "projector": ("Mistral3MultiModalProjector", projectors, projectors, "Mistral 3 projector"),
     }[part]
 
-    def named(cls: str) -> list[str]:
+    def named(classes: set[tuple[str, str]]) -> list[str]:
         # by ancestors: fused classes and FSDP2's are derived from these. PEFT copies what is in modules_to_save
         return [
             name
             for name, module in modules.items()
-            if any((c.__module__, c.__name__) == (source, cls) for c in type(module).__mro__)
+            if any((c.__module__, c.__name__) in classes for c in type(module).__mro__)
             and not {"original_module", "modules_to_save"} & set(name.split("."))
         ]
 
-    found, kind = named(unit), type(base).__name__
+    found, kind = named(units), type(base).__name__
     if not found:
         raise ValueError(
             f"{part}=True, but {kind} has no {what} (outside modules_to_save); pass {part}=False, or a model that has it"
         )
     # layer indices would be ambiguous, and one's names may be the ends of the other's
-    if len(owners := named(owner)) > 1:
-        raise ValueError(f"{kind} holds {len(owners)} modules {owner} ({', '.join(owners)}); pass a model with one")
+    if len(several := named(owners)) > 1:
+        raise ValueError(f"{kind} holds {len(several)} modules {owner} ({', '.join(several)}); pass a model with one")
     return found
 
 

@@ -104,3 +104,11 @@ def scales_of(
     run = _norms(layout, ns, weights[0].shape[1], a.device, weights[0].dtype, magnitudes[0].dtype)
     run(*skinny.three(weights), a, low, *skinny.three(magnitudes), norms, scales)
     return norms, scales
+
+
+def scales_from(norms: Tensor, magnitudes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What :func:`scales_of` returns, of norms (N of all,) in fp32 that were computed elsewhere."""
+    norms = norms.to(magnitudes[0].dtype).float()
+    scales = torch.cat([magnitude.float() for magnitude in magnitudes]) / norms
+    # the op may not return what it was given
+    return norms.clone(), torch.where(scales == 0, SMALLEST.value, scales)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import fused_op, rows_of, use_triton
-from m3kernels.ops._dora_scale import scales_of
+from m3kernels.ops._dora_scale import scales_from, scales_of
 from m3kernels.ops._lora_launch import MOST, Layout
 from m3kernels.ops._lora_products import input_gradient, project
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
@@ -34,6 +34,7 @@ class Adapted:
     """One linear layer and its adapter: weight (N, K), A (R, K), B (N, R), scaling, and DoRA's magnitude (N,) or None.
 
     A weight in FP8 comes with its ``weight_scale`` and ``block_size``, as :func:`m3kernels.ops.fp8_dequantize` takes them.
+    ``norm`` (N,) is that of DoRA's rows where the weight has only some of their columns; computed from the weight if None.
     """
 
     weight: Tensor
@@ -43,6 +44,7 @@ class Adapted:
     magnitude: Tensor | None = None
     weight_scale: Tensor | None = None
     block_size: tuple[int, int] | None = None
+    norm: Tensor | None = None
 
 
 def _given(*options: Tensor | None) -> list[Tensor]:
@@ -73,14 +75,16 @@ def _forward(
     f1: Tensor | None,
     f2: Tensor | None,
     f3: Tensor | None,
+    given_norms: Tensor | None,
     seeds: Tensor | None,
     scalings: list[float],
     dropout: float,
     blocks: list[int],
 ) -> list[Tensor]:
-    """f: scales of FP8 weights. [y of each projection, t of all], with DoRA [..., norms, scales], in fp16 [..., z of each].
+    """f: scales of FP8 weights; given_norms: of DoRA's rows (N of all,), where they are known.
 
-    What follows y is for the backward. The parts of A and B are made anew there: kept, they were 0.2 GiB of the 3B's LoRA.
+    [y of each projection, t of all], with DoRA [..., norms, scales], in fp16 [..., z of each]. What follows y is for the
+    backward. The parts of A and B are made anew there: kept, they were 0.2 GiB of the 3B's LoRA.
     """
     weights, many_a, many_b, magnitudes = (
         _given(*group) for group in ((w1, w2, w3), (a1, a2, a3), (b1, b2, b3), (m1, m2, m3))
@@ -92,7 +96,10 @@ def _forward(
     t = skinny.shrink(x, a, layout, dropout, seeds)
     if not magnitudes:
         return [*project(x, weights, t, low, layout, None, shape), t]
-    norms, scales = scales_of(weights, a, low, magnitudes, layout)
+    if given_norms is None:
+        norms, scales = scales_of(weights, a, low, magnitudes, layout)
+    else:
+        norms, scales = scales_from(given_norms, magnitudes)
     each = scales.split([w.shape[0] for w in weights])
     if x.dtype == torch.float16:
         # dm is taken from y / k, for which fp16 has too few exponents: what is scaled is kept
@@ -101,7 +108,9 @@ def _forward(
     return [*project(x, weights, t, low, layout, each, shape), t, norms, scales]
 
 
-def _forward_fake(x, w1, a1, b1, w2, a2, b2, w3, a3, b3, m1, m2, m3, f1, f2, f3, seeds, scalings, dropout, blocks):
+def _forward_fake(
+    x, w1, a1, b1, w2, a2, b2, w3, a3, b3, m1, m2, m3, f1, f2, f3, given_norms, seeds, scalings, dropout, blocks
+):  # fmt: skip
     weights, layout = _given(w1, w2, w3), Layout.of(x, a1, len(_given(w1, w2, w3)))
     shape, total = x.shape[:-1], sum(w.shape[0] for w in weights)
     ys = [x.new_empty((*shape, w.shape[0])) for w in weights]
@@ -174,7 +183,7 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output):
     x, *triples = inputs[:10]
     weights, ctx.magnitudes = _given(*triples[::3]), [m.dtype for m in _given(*inputs[10:13])]
-    seeds, ctx.scalings, ctx.dropout, ctx.blocks = inputs[16:]
+    seeds, ctx.scalings, ctx.dropout, ctx.blocks = inputs[17:]
     fp8_scales = _given(*inputs[13:16])
     ctx.count = count = len(weights)
     ctx.mark_non_differentiable(*output[count:])
@@ -239,11 +248,12 @@ def dora_norm_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1
 
 
 def dora_linear_reference(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float = 1.0, bias: Tensor | None = None
-) -> Tensor:
-    """Plain PyTorch with PEFT's casts and order."""
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float = 1.0, bias: Tensor | None = None, *,
+    norm: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Plain PyTorch with PEFT's casts and order; ``norm`` (N,) instead of that of the weight's own rows."""
     base = F.linear(x, weight)
-    k = magnitude / dora_norm_reference(weight.detach(), A.detach(), B.detach(), scaling)
+    k = magnitude / (dora_norm_reference(weight.detach(), A.detach(), B.detach(), scaling) if norm is None else norm)
     low = F.linear(F.linear(x.to(A.dtype), A), B)
     y = (base + ((k - 1) * base + k * low * scaling)).to(base.dtype)
     return y if bias is None else y + bias
@@ -255,11 +265,11 @@ def _reference(x: Tensor, p: Adapted, dropout_p: float) -> Tensor:
         p = replace(p, weight=weight, weight_scale=None)
     if p.magnitude is None:
         return lora_linear_reference(x, p.weight, p.A, p.B, p.scaling, dropout_p=dropout_p)
-    return dora_linear_reference(x, p.weight, p.A, p.B, p.magnitude, p.scaling)
+    return dora_linear_reference(x, p.weight, p.A, p.B, p.magnitude, p.scaling, norm=p.norm)
 
 
 def lora_linears(
-    x: Tensor, layers: Sequence[Adapted], *, dropout_p: float = 0.0, backend: str = "auto"
+    x: Tensor, layers: Sequence[Adapted], *, dropout_p: float = 0.0, stream: int = 0, backend: str = "auto"
 ) -> list[Tensor]:
     """Several layers of one input: one pass over x for all A, one gradient of x.
 
@@ -268,6 +278,7 @@ def lora_linears(
         layers: 1 to 3, of one rank; each with weight (N, K) of x's dtype and A, B of x's dtype or fp32. A weight in FP8 is
             frozen, dequantised for each product and not kept in x's dtype.
         dropout_p: of x before every A, each layer with a mask of its own; drawn from the device's generator. Not with DoRA.
+        stream: ranks whose generators are equal draw other masks where this is another number.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -284,7 +295,7 @@ def lora_linears(
     tensors = [t for p, scale in zip(layers, fp8_scales) for t in (p.A, p.B, p.weight if scale is None else scale)]
     if not use_triton("lora_linear", backend, x, *tensors, inductor_fuses=True) or x.numel() == 0:
         return [_reference(x, p, dropout_p) for p in layers]
-    seeds = torch.randint(2**62, (len(layers),), device=x.device) if dropout_p else None
+    seeds = torch.randint(2**62, (len(layers),), device=x.device) + stream if dropout_p else None
     missing = MOST - len(layers)
     weights = [p.weight if p.weight_scale is None else p.weight.detach() for p in layers]
     flat = [t for w, p in zip(weights, layers) for t in (w, p.A, p.B)] + [None] * (3 * missing)
@@ -292,7 +303,8 @@ def lora_linears(
     magnitudes = [p.magnitude for p in layers] + [None] * missing
     scalings = [float(p.scaling) for p in layers]
     fp8_scales += [None] * missing
-    outputs = _lora(x, *flat, *magnitudes, *fp8_scales, seeds, scalings, float(dropout_p), blocks)
+    norms = None if layers[0].norm is None else torch.cat([p.norm.detach().float() for p in layers])
+    outputs = _lora(x, *flat, *magnitudes, *fp8_scales, norms, seeds, scalings, float(dropout_p), blocks)
     return list(outputs[: len(layers)])
 
 
@@ -351,6 +363,8 @@ def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
             )
         if (layer.magnitude is None) != (layers[0].magnitude is None):
             raise ValueError("lora_linear: either all layers of one input have a DoRA magnitude, or none")
+        if (layer.norm is None) != (layers[0].norm is None) or (layer.norm is not None and layer.magnitude is None):
+            raise ValueError("dora_linear: either all layers of one input bring their norms, or none; LoRA has none")
         if layer.magnitude is None:
             continue
         if layer.magnitude.shape != w.shape[:1] or layer.magnitude.dtype != layers[0].magnitude.dtype:
@@ -361,6 +375,11 @@ def _check(x: Tensor, layers: list[Adapted], dropout_p: float) -> None:
         if layer.magnitude.device != x.device:
             raise ValueError(
                 f"dora_linear: magnitude is on {layer.magnitude.device}, x on {x.device}; move it with .to()"
+            )
+        if layer.norm is not None and (layer.norm.shape != w.shape[:1] or layer.norm.device != x.device):
+            raise ValueError(
+                f"dora_linear: norms must be (N,) on {x.device}, got {tuple(layer.norm.shape)} on {layer.norm.device}, "
+                f"{_shapes(x, layer)}"
             )
         if dropout_p:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""PEFT's LoRA and DoRA layers with our ops: found where they stand, on every call, so that PEFT may change them as it likes.
+"""PEFT's LoRA and DoRA layers, and our own, with our ops: found where they stand, on every call, so that PEFT may change them.
 
 Adapters can be added, switched, merged and unloaded after patching: a layer is looked at when it is called. What the ops do not
 cover runs PEFT's own forward, and that is logged. Off the GPU PEFT's own forward runs too.
@@ -13,6 +13,7 @@ from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
 from m3kernels.ops._lora_launch import MAX_RANK
 from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.ops.lora_linear import MOST, Adapted, lora_linears
+from m3kernels.parallel import local
 from m3kernels.patching import fp8
 from m3kernels.patching.classes import (
     fused_forward,
@@ -24,21 +25,23 @@ from m3kernels.patching.classes import (
 )
 
 LAYER = ("peft.tuners.lora.layer", "Linear")
+NATIVE_LAYER = ("m3kernels.models.ministral3.adapted", "AdaptedLinear")
 DORA = ("peft.tuners.lora.variants", "DoraLinearVariant")
 
 
 class Planned(NamedTuple):
-    """What a layer computes: the op's arguments, and a bias to be added."""
+    """What a layer computes: the op's arguments, and a bias to be added; ``stream`` as the op's."""
 
     adapted: Adapted
     bias: Tensor | None
     dropout: float
+    stream: int = 0
 
     @property
     def alike(self) -> tuple:
         """Layers of one input that agree in this go together."""
         a = self.adapted.A
-        return a.shape[0], a.dtype, self.dropout, self.adapted.magnitude is None
+        return a.shape[0], a.dtype, self.dropout, self.adapted.magnitude is None, self.adapted.norm is None, self.stream
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -207,8 +210,51 @@ def _plan(layer: nn.Module, x: Tensor) -> Planned | None:
     return Planned(Adapted(base.weight, a, b, scaling, magnitude, *quantised), bias, _dropout(layer, names[0]))
 
 
+def why_not_native(layer: nn.Module, x: Tensor | None = None) -> str:
+    """Why our own adapted layer runs its plain forward, or an empty string; ``x``: the input of a call."""
+    if layer.lora_A.shape[0] > MAX_RANK:
+        return f"a rank over {MAX_RANK}"
+    if layer.lora_magnitude is not None and layer.dropout > 0 and (x is None or layer.training):
+        return "dropout with DoRA, which needs the frozen product of both inputs"
+    if x is None:
+        return ""
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast"
+    weight, a = layer.weight, layer.lora_A
+    if weight.dtype != x.dtype or a.dtype not in (x.dtype, torch.float32):
+        return f"{x.dtype} input, {weight.dtype} base, {a.dtype} adapter"
+    return ""
+
+
+def _native_plan(layer: nn.Module, x: Tensor) -> Planned | None:
+    """What a call of our own adapted layer computes, on this rank's parts; None where its plain forward shall."""
+    if reason := why_not_native(layer, x):
+        note_fallback("lora_linear", reason)
+        return None
+    weight, a, b = local(layer.weight), local(layer.lora_A), local(layer.lora_B)
+    magnitude, norm, group = layer.lora_magnitude, None, layer.row_group
+    if magnitude is not None:
+        magnitude = local(magnitude)
+        if group is not None:
+            norm = layer.row_norms(weight, a, b, backend="auto")
+    bias = None if layer.bias is None else local(layer.bias)
+    adapted = Adapted(weight, a, b, layer.scaling, magnitude, norm=norm)
+    # the columns of other ranks are other inputs: they get masks of their own
+    return Planned(adapted, bias, layer.dropout if layer.drops else 0.0, 0 if group is None else group.rank())
+
+
+def _planned(layer: nn.Module, x: Tensor) -> Planned | None:
+    """The plan of a layer of any kind; None where the layer itself is to be called."""
+    if has_hooks(layer):
+        return None
+    if getattr(layer, "is_adapted_linear", False):
+        return _native_plan(layer, x)
+    return _plan(layer, x) if is_adapted(layer) else None
+
+
 def _compute(x: Tensor, plans: list[Planned]) -> list[Tensor]:
-    ys = lora_linears(x, [plan.adapted for plan in plans], dropout_p=plans[0].dropout)
+    first = plans[0]
+    ys = lora_linears(x, [plan.adapted for plan in plans], dropout_p=first.dropout, stream=first.stream)
     return [y if plan.bias is None else y + plan.bias.to(y.dtype) for y, plan in zip(ys, plans)]
 
 
@@ -216,7 +262,7 @@ def project(parent: nn.Module, x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Each layer's output; adapters of one kind read x together and give it one gradient."""
     if not takes_together(parent) or not _kernels_run(x):
         return [layer(x) for layer in layers]
-    plans = [_plan(layer, x) if is_adapted(layer) and not has_hooks(layer) else None for layer in layers]
+    plans = [_planned(layer, x) for layer in layers]
     outputs = [None if plan else layer(x) for plan, layer in zip(plans, layers)]
     kinds = [plan and plan.alike for plan in plans]
     while waiting := [i for i, plan in enumerate(plans) if plan and outputs[i] is None]:
@@ -230,3 +276,9 @@ def project(parent: nn.Module, x: Tensor, *layers: nn.Module) -> list[Tensor]:
 def lora_linear_forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     plan = None if args or kwargs or not _kernels_run(x) else _plan(self, x)
     return original_forward(self)(self, x, *args, **kwargs) if plan is None else _compute(x, [plan])[0]
+
+
+@fused_forward("native_lora_linear")
+def native_lora_linear_forward(self: nn.Module, x: Tensor) -> Tensor:
+    plan = _native_plan(self, x) if _kernels_run(x) else None
+    return original_forward(self)(self, x) if plan is None else _compute(x, [plan])[0]

@@ -138,6 +138,14 @@ RULES = (
         )
         for source, name in ((TEXT, "Ministral3ForCausalLM"), (MULTIMODAL, "Mistral3ForConditionalGeneration"))
     ),
+    Rule(
+        "lora_linear",
+        *adapters.NATIVE_LAYER,
+        "native_lora_linear",
+        ("weight", "lora_A", "lora_B", "lora_magnitude", "scaling", "dropout"),
+        ("x",),
+        adapters.why_not_native,
+    ),
     Rule("rms_norm", native.LAYERS, "RMSNorm", "native_rms_norm", ("weight", "eps"), ("x", "update")),
     Rule("rotary", native.TEXT, "Attention", "native_rotary", NATIVE, ("step",), prepare=native.side_by_side_attention),
     Rule(

@@ -4,14 +4,24 @@ import importlib
 
 # read on first use: conversion alone needs no model, and so no transformers
 _HOMES = {
+    "AdapterConfig": "adapters",
+    "AdapterError": "adapters",
     "CheckpointError": "files",
     "Config": "config",
     "ConfigError": "config",
     "KVCache": "cache",
     "Ministral3": "model",
     "Output": "model",
+    "adapter_of": "adapter_files",
+    "adapter_parameters": "adapters",
+    "add_adapters": "adapters",
+    "load_adapter": "adapter_files",
+    "merge_adapters": "adapters",
     "parallelize": "parallel",
+    "reset_adapters": "adapters",
+    "save_adapter": "adapter_files",
     "set_recompute": "recompute",
+    "targets_of": "adapters",
 }
 
 __all__ = list(_HOMES)

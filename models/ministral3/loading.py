@@ -1,10 +1,13 @@
 """Weights from a checkpoint straight into a model's parameters, whole or sharded."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from m3kernels.models.ministral3.adapters import adapter_parameters, reset_adapters
 from m3kernels.models.ministral3.export import read_as
 from m3kernels.models.ministral3.files import bar
+from m3kernels.models.ministral3.merging import is_adapter
+from m3kernels.models.ministral3.shards import local_slices, part_of
 from m3kernels.models.ministral3.weights import Checkpoint
 from m3kernels.patching.rules import prepare
 
@@ -20,17 +23,22 @@ def load(
 ) -> None:
     """Gives every parameter its tensor, one after the other; of a DTensor only this rank's part is read.
 
+    Adapters are not in a checkpoint: those of a model on meta are reset with seed 0, others stay as they are.
+
     Args:
         model: a ``Ministral3``, whole or sharded; one on the meta device gets memory on ``device`` first.
         checkpoint: of the model's config; see ``Checkpoint.check``.
-        dtype: of the parameters of a model on meta; what they have by default.
+        dtype: of the parameters of a model on meta but its adapters'; what they have by default.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    adapters = adapter_parameters(model)
+    was_meta = any(parameter.is_meta for parameter in model.parameters())
+    if was_meta:
         if dtype is not None:
-            model.to(dtype)
+            kept = set(map(id, adapters.values()))
+            model._apply(lambda parameter: parameter if id(parameter) in kept else parameter.to(dtype))
         to_empty(model, torch.device(device))
         prepare(model)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if not is_adapter(name)}
     total = sum(part_of(p).nbytes for p in parameters.values())
     with bar("load", total, progress) as advance:
         for name, parameter in parameters.items():
@@ -40,6 +48,8 @@ def load(
             part[: len(read)].copy_(read)
             part[len(read) :].zero_()
             advance(part.nbytes)
+    if was_meta and adapters:
+        reset_adapters(model, 0)
 
 
 def to_empty(model: nn.Module, device: torch.device) -> None:
@@ -48,30 +58,3 @@ def to_empty(model: nn.Module, device: torch.device) -> None:
     model.to_empty(device=device)
     if tied:
         model.lm_head.weight = model.get_input_embeddings().weight
-
-
-def part_of(parameter: Tensor) -> Tensor:
-    """What of a parameter lies on this rank."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-def local_slices(parameter: Tensor) -> tuple[slice, ...] | None:
-    """Which part of the whole tensor lies on this rank, None for all of it.
-
-    Tensor parallelism splits first and evenly, FSDP2 splits each of those parts again.
-    """
-    if not hasattr(parameter, "placements"):
-        return None
-    begins, ends = [0] * parameter.dim(), list(parameter.shape)
-    mesh = parameter.device_mesh
-    # the innermost dimension of the mesh is tensor parallelism
-    for dim in reversed(range(mesh.ndim)):
-        # of Shard, and of FSDP2's own kind that is strided
-        axis = getattr(parameter.placements[dim], "dim", None)
-        if axis is None:
-            continue
-        size = ends[axis] - begins[axis]
-        each = -(-size // mesh.size(dim))
-        begin = min(begins[axis] + each * mesh.get_local_rank(dim), ends[axis])
-        begins[axis], ends[axis] = begin, min(begin + each, ends[axis])
-    return tuple(slice(a, b) for a, b in zip(begins, ends))

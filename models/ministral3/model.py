@@ -109,6 +109,7 @@ class Ministral3(ModelMethods, nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
         self.layout = None  # set by parallelize
+        self.adapters = None  # the AdapterConfig, set by add_adapters
         self.source: Path | None = None  # the folder that the weights were read from
         if not self.lm_head.weight.is_meta:
             self.init_weights()
@@ -134,7 +135,8 @@ class Ministral3(ModelMethods, nn.Module):
             dtype: of the parameters; the checkpoint's own by default. FP8 weights are dequantised.
             device: where the parameters go, one after the other.
             mesh: shards the model before a weight is read; each rank then reads its own part alone.
-            prepare: is called with the model before that, while it is on the meta device: to freeze or to patch it.
+            prepare: is called with the model before that, while it is on the meta device: to freeze it, to add adapters or
+                to patch it.
             pad_vocab_to: embedding and head get rows of zeros up to a multiple of this, for a ``mesh`` whose tensor
                 parallelism does not divide the vocabulary. Neither logits nor ``save_pretrained`` show them.
             progress: whether to show a bar.

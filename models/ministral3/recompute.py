@@ -48,7 +48,7 @@ def _all(layer: nn.Module, *inputs):
 
 def _draws(layer: nn.Module) -> bool:
     """Whether a forward may take random numbers: for attention's dropout, or that of an adapter in the layer."""
-    return layer.self_attn.core.dropout > 0 or any(getattr(module, "p", 0) for module in layer.modules())
+    return any(getattr(module, "p", 0) or getattr(module, "dropout", 0) for module in layer.modules())
 
 
 # from the least recompute to the most

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3kernels.models.ministral3.config import Config
+from m3kernels.models.ministral3.merging import LORA_A, LORA_B, MAGNITUDE, is_adapter
 from m3kernels.parallel import ParallelError
 
 TEXT = "model.language_model."
@@ -55,12 +56,39 @@ ROWS = (
 )
 
 
+# how an adapter's parts are split, by how its layer's weight is. A column layer's A and a row layer's B see a part of the sum
+# on every rank: both are whole, and their gradients are summed
+ADAPTERS = {
+    0: (
+        Row(f"*.{LORA_A}", None, "all tokens", "rank R, the same on all ranks"),
+        Row(f"*.{LORA_B}", 0, "rank R", "with the layer's"),
+        Row(f"*.{MAGNITUDE}", 0, "norms of this rank's rows", "with the layer's"),
+    ),
+    1: (
+        Row(f"*.{LORA_A}", 1, "this rank's part of the input", "rank R, a part of the sum"),
+        Row(f"*.{LORA_B}", None, "rank R, a part of the sum", "added to the layer's part of the sum"),
+        Row(
+            f"*.{MAGNITUDE}", None, "norms of rows, their squares summed over tp", "scales the layer's part of the sum"
+        ),
+    ),
+    None: (
+        Row(f"*.{LORA_A}", None, "as the layer", "rank R"),
+        Row(f"*.{LORA_B}", None, "rank R", "with the layer's"),
+        Row(f"*.{MAGNITUDE}", None, "norms of all rows", "with the layer's"),
+    ),
+}
+LAYERS = {0: "of q, k, v, gate, up", 1: "of o, down", None: "in vision tower and projector"}
+
+
 def row_of(name: str) -> Row:
-    """The row that a parameter belongs to.
+    """The row that a parameter belongs to; an adapter's part goes by its layer's weight.
 
     Raises:
         ParallelError: no row has it.
     """
+    if is_adapter(name):
+        dim = row_of(name.rpartition(".")[0] + ".weight").dim
+        return next(row for row in ADAPTERS[dim] if fnmatch.fnmatchcase(name, row.names))
     for row in ROWS:
         if fnmatch.fnmatchcase(name, row.names):
             return row
@@ -92,6 +120,10 @@ def table() -> str:
     lines = ["| parameter | placement on tp | gradient | reads | result |", "|---|---|---|---|---|"]
     for row in ROWS:
         lines.append(f"| `{row.names}` | {row.placement} | {row.gradient} | {row.reads} | {row.leaves} |")
+    for dim, rows in ADAPTERS.items():
+        for row in rows:
+            name = f"`{row.names}` {LAYERS[dim]}"
+            lines.append(f"| {name} | {row.placement} | {row.gradient} | {row.reads} | {row.leaves} |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3kernels.models.ministral3.files import CheckpointError
+from m3kernels.models.ministral3.merging import PARTS, is_adapter, merged_weight
+from m3kernels.models.ministral3.shards import whole_of
 from m3kernels.models.ministral3.weights import EMBEDDING, HEAD, runtime_name
 
 Result = TypeVar("Result")
@@ -17,6 +19,8 @@ Result = TypeVar("Result")
 
 class StateDict:
     """A model or a state dict in memory, by runtime name; a head that is the embedding itself is left out.
+
+    A model's adapters are merged into the weights that are read; the model itself stays as it is.
 
     Attributes:
         names: runtime names.
@@ -28,13 +32,18 @@ class StateDict:
     def __init__(self, state: Mapping[str, Tensor] | nn.Module):
         self.config: dict | None = getattr(getattr(state, "config", None), "hf", None)
         self.folder: Path | None = getattr(state, "source", None)
-        state = state.state_dict() if isinstance(state, nn.Module) else state
+        # a state dict's adapters stay tensors by name: what they count is not in it
+        self._scalings: dict[str, float] = {}
+        if isinstance(state, nn.Module):
+            layers = ((n, m) for n, m in state.named_modules() if getattr(m, "is_adapted_linear", False))
+            self._scalings = {f"{name}.weight": layer.scaling for name, layer in layers}
+            state = state.state_dict()
         self._tensors = {runtime_name(name): tensor for name, tensor in state.items()}
         if len(self._tensors) < len(state):
             raise CheckpointError("the state dict holds the same tensor under the names of two layouts")
         if _same(self._tensors.get(EMBEDDING), self._tensors.get(HEAD)):
             del self._tensors[HEAD]
-        self.names = list(self._tensors)
+        self.names = [name for name in self._tensors if not (self._scalings and is_adapter(name))]
         self.sharded = any(hasattr(tensor, "full_tensor") for tensor in self._tensors.values())
         self._leads = False
 
@@ -45,14 +54,24 @@ class StateDict:
         return self._tensors[name].dtype
 
     def read(self, name: str, index: tuple[slice, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        if self._leads and hasattr(self._tensors[name], "full_tensor"):
+        if self._leads and any(hasattr(tensor, "full_tensor") for tensor in self._parts(name)):
             _tell(("read", name))
         return self.gather(name)[index or ()].to("cpu", dtype)
 
     def gather(self, name: str) -> Tensor:
         """The whole tensor where it lies; of a sharded one every rank has to call this."""
-        tensor = self._tensors[name].detach()
-        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        whole = [whole_of(tensor) for tensor in self._parts(name)]
+        if name not in self._scalings:
+            return whole[0]
+        weight, a, b, *magnitude = whole
+        return merged_weight(weight, a, b, magnitude[0] if magnitude else None, self._scalings[name])
+
+    def _parts(self, name: str) -> list[Tensor]:
+        """A tensor, and of an adapted layer's weight the parts of the adapter."""
+        parts = [name]
+        if name in self._scalings:
+            parts += [name.removesuffix("weight") + part for part in PARTS]
+        return [self._tensors[part] for part in parts if part in self._tensors]
 
     def led(self, function: Callable[[], Result]) -> Result:
         """What ``function`` returns, which reads from here on the first rank alone; the others gather what it reads.

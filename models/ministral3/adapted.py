@@ -1,0 +1,105 @@
+"""A linear layer with a low-rank adapter, whole or on this rank's part: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
+
+With PEFT's casts and order (peft/tuners/lora/layer.py, variants.py, dora.py):
+
+    LoRA    y = W x + s B A drop(x) + bias
+    DoRA    y = W x + (k - 1) W drop(x) + k s B A drop(x) + bias       k = m / |W + s B A| by rows, the norm a constant
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from m3kernels.models.ministral3.layers import Linear
+from m3kernels.ops import dora_norm
+from m3kernels.parallel import all_reduce_sum, local
+
+# N outputs, K inputs, R rank: of this rank's part of a layer that tensor parallelism splits. A column layer (q, k, v, gate,
+# up) has some of N, a row layer (o, down) some of K: base and adapter are both a part of the sum that leaves it.
+
+
+class AdaptedLinear(Linear):
+    """``Linear`` with ``lora_A`` (R, K), ``lora_B`` (N, R) and, for DoRA, ``lora_magnitude`` (N,) beside its weight.
+
+    Made of a ``Linear`` in place, by :func:`adapt`: the weight keeps its name.
+
+    Attributes:
+        scaling: what B A counts: alpha / R.
+        dropout: probability that an input of the adapter is dropped in training.
+    """
+
+    is_plain_linear = False
+    is_adapted_linear = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, A, B = local(self.weight), local(self.lora_A), local(self.lora_B)
+        base = F.linear(x, weight)
+        dropped = self.dropped(x.to(A.dtype))
+        low = F.linear(F.linear(dropped, A), B) * self.scaling
+        if self.lora_magnitude is None:
+            y = base + low
+        else:
+            k = local(self.lora_magnitude) / self.row_norms(weight, A, B)
+            rescaled = F.linear(dropped, weight.to(A.dtype)) if self.drops else base
+            y = base + ((k - 1) * rescaled + k * low)
+        y = y.to(base.dtype)
+        return y if self.bias is None else y + local(self.bias)
+
+    @property
+    def drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """``x`` after dropout. Ranks that draw from equal generators make one mask: that of one process.
+
+        So ranks that share a layer have to be seeded alike. A row layer's inputs differ by rank: each draws the mask of
+        all of them and takes its columns.
+        """
+        if not self.drops:
+            return x
+        group = self.row_group
+        if group is None:
+            return F.dropout(x, self.dropout)
+        whole = F.dropout(x.new_ones((*x.shape[:-1], self.in_features)), self.dropout)
+        return x * whole[..., group.rank() * x.shape[-1] :][..., : x.shape[-1]]
+
+    @property
+    def row_group(self) -> ProcessGroup | None:
+        """Ranks that hold the other columns of the weight, None where this rank has them all; as it is in a forward."""
+        for dim, placement in enumerate(getattr(self.weight, "placements", ())):
+            if placement.is_shard(1):
+                return self.weight.device_mesh.get_group(dim)
+        return None
+
+    @torch.no_grad()
+    def row_norms(self, weight: Tensor, A: Tensor, B: Tensor, backend: str = "reference") -> Tensor:
+        """(N,): norms of the rows of ``W + s B A``, over all ranks' columns; of local tensors, without a gradient."""
+        group = self.row_group
+        if group is None:
+            return dora_norm(weight, A, B, self.scaling, backend=backend)
+        wide = torch.promote_types(A.dtype, torch.float32)
+        part = dora_norm(weight, A.to(wide), B.to(wide), self.scaling, backend=backend)
+        return all_reduce_sum(part.square(), group).sqrt().to(A.dtype)
+
+    def extra_repr(self) -> str:
+        kind = "LoRA" if self.lora_magnitude is None else "DoRA"
+        return f"{super().extra_repr()}, {kind} of rank {self.lora_A.shape[0]}, scaling={self.scaling:g}"
+
+
+def adapt(layer: Linear, *, rank: int, scaling: float, dropout: float, dora: bool, dtype: torch.dtype | None) -> None:
+    """Makes an :class:`AdaptedLinear` of a layer in place; the adapter's values are not set."""
+    options = {"dtype": dtype or layer.weight.dtype, "device": layer.weight.device}
+    layer.__class__ = AdaptedLinear
+    layer.scaling, layer.dropout = scaling, dropout
+    layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **options))
+    layer.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **options))
+    layer.register_parameter(
+        "lora_magnitude", nn.Parameter(torch.empty(layer.out_features, **options)) if dora else None
+    )
+
+
+def unadapt(layer: AdaptedLinear) -> None:
+    """The way back: the adapter is gone, whatever it was."""
+    layer.__class__ = Linear
+    del layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.scaling, layer.dropout
