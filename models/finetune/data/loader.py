@@ -1,0 +1,103 @@
+"""Batches of one step after the other, made ahead by worker processes."""
+
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from m3kernels.models.finetune.config import FinetuneError
+from m3kernels.models.finetune.data.batches import StepBatch
+
+
+class Batches(Protocol):
+    """What makes a rank's batch of any step, as a Plan does."""
+
+    is_stream: bool
+
+    def batch(self, step: int, rank: int, ranks: int) -> StepBatch: ...
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception of a worker: some cannot be pickled, and DataLoader makes others unreadable."""
+
+    step: int
+    text: str
+    is_ours: bool
+
+
+class _Steps(Dataset):
+    def __init__(self, plan: Batches, first: int, last: int, rank: int, ranks: int) -> None:
+        self.plan, self.first, self.last, self.rank, self.ranks = plan, first, last, rank, ranks
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> StepBatch | _Failure:
+        step = self.first + i
+        try:
+            return self.plan.batch(step, self.rank, self.ranks)
+        except FinetuneError as error:
+            return _Failure(step, str(error), True)
+        except Exception:
+            return _Failure(step, traceback.format_exc(), False)
+
+
+def step_batches(
+    plan: Batches, first_step: int, last_step: int, *, rank: int, ranks: int, num_workers: int, prefetch: int = 2
+) -> Iterator[StepBatch]:
+    """A rank's batches of the steps from ``first_step`` to before ``last_step``, in order.
+
+    The generator ends its workers when it is closed, is over or raises. It draws nothing from torch's global generator.
+
+    Args:
+        plan: usually a Plan.
+        rank, ranks: data-parallel.
+        num_workers: processes; 0 makes batches here, when they are asked for. A stream has one at most: each would
+            read all of it.
+        prefetch: batches that each worker makes ahead; they are kept in shared memory.
+
+    Raises:
+        FinetuneError: what the plan raises, or a worker that died; the message names the step.
+        RuntimeError: another exception of the plan, with its traceback.
+    """
+    workers = min(num_workers, 1) if plan.is_stream else num_workers
+    with closing(_fetched(_Steps(plan, first_step, last_step, rank, ranks), workers, prefetch)) as batches:
+        for batch in batches:
+            if isinstance(batch, _Failure) and batch.is_ours:
+                raise FinetuneError(f"the data of step {batch.step}: {batch.text}")
+            if isinstance(batch, _Failure):
+                raise RuntimeError(f"the data of step {batch.step}:\n{batch.text}")
+            yield batch
+
+
+def _fetched(steps: _Steps, workers: int, prefetch: int) -> Iterator[StepBatch | _Failure]:
+    if not workers or not len(steps):
+        yield from (steps[i] for i in range(len(steps)))
+        return
+    # with its own generator: DataLoader draws a seed, and dropout would differ with the number of workers
+    options = {"generator": torch.Generator(), "worker_init_fn": _start, "prefetch_factor": prefetch}
+    fetched = iter(DataLoader(steps, batch_size=None, num_workers=workers, **options))
+    try:
+        for step in range(steps.first, steps.last):
+            try:
+                batch = next(fetched)
+            except RuntimeError as error:
+                raise FinetuneError(
+                    f"the data of step {step}: a worker process died ({' '.join(str(error).split())}). Short of memory, "
+                    "or of shared memory (/dev/shm)? Lower dataset.num_workers; 0 makes batches in the rank itself"
+                ) from error
+            yield batch
+    finally:
+        del fetched
+
+
+def _start(worker: int) -> None:
+    """A signal to the whole group is for the rank: it saves, for which it needs no new batch, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
