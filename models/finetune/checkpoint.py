@@ -30,7 +30,7 @@ RECORD = "run.json"
 STEP = re.compile(r"step-(\d+)")
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(FinetuneError):
     """A checkpoint could not be written; the one before it is whole. On every rank."""
 
 

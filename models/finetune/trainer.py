@@ -14,8 +14,9 @@ from m3kernels.models.finetune.data.plan import Plan
 from m3kernels.models.finetune.data.sources import open_source
 from m3kernels.models.finetune.estimate import choose_recompute, summary
 from m3kernels.models.finetune.process import StopSignals, Watch, process_group
+from m3kernels.models.finetune.progress import Data, Result
 from m3kernels.models.finetune.resolve import check, folders
-from m3kernels.models.finetune.run import Data, Result, Run
+from m3kernels.models.finetune.run import Run
 from m3kernels.parallel import make_mesh
 
 
