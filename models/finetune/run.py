@@ -189,6 +189,7 @@ class Run:
             batch = next(batches)
         except (FinetuneError, RuntimeError) as raised:
             error = raised
+        self.watch.beat(f"what the other ranks say before step {self.progress.step + 1}")
         shared = share(self.built, batch, self._wants_to_stop(), self.checkpoints.poll())
         if shared.failed:
             said = [None] * self.process.size

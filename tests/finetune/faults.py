@@ -5,9 +5,11 @@ A fault is a word: ``kind:rank:step``, such as ``dies_in_step:1:3``; several are
 
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -15,11 +17,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from m3kernels.models.finetune import checkpoint, step
+from m3kernels.cli import finetune as command
+from m3kernels.models.finetune import checkpoint, process, step, trainer
 from m3kernels.models.finetune import run as running
-from m3kernels.models.finetune.checkpoint import CheckpointFailed
+from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.plan import Plan
 from m3kernels.models.finetune.optimizer import Trained
+from m3kernels.models.finetune.trainer import finetune
+from m3kernels.models.ministral3 import Ministral3
 
 Patch = contextlib.AbstractContextManager
 
@@ -97,8 +102,8 @@ def _inf_gradient(n: int) -> Patch:
     return _before(Trained, "fill_gradients", at, act)
 
 
-def _stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def _stop(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
 
 
 def _in_data(act: Callable[[], object]) -> Callable[[int], Patch]:
@@ -128,6 +133,18 @@ def _in_evaluation(n: int) -> Patch:
     return mock.patch.object(running, "evaluate", evaluate)
 
 
+def _late(n: int) -> Patch:
+    """Two hours pass in step ``n``."""
+    passed = []
+    clock = types.SimpleNamespace(
+        perf_counter=time.perf_counter, monotonic=lambda: time.monotonic() + 7200 * (len(passed) >= n)
+    )
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(running, "time", clock))
+    stack.enter_context(_before(running, "run_step", lambda *_: True, lambda *_: passed.append(1)))
+    return stack
+
+
 def _raise(error: BaseException) -> Callable[..., None]:
     def act(*_):
         raise error
@@ -136,8 +153,6 @@ def _raise(error: BaseException) -> Callable[..., None]:
 
 
 def _out_of_memory(n: int) -> Patch:
-    from m3kernels.models.ministral3 import Ministral3
-
     calls = []
 
     def at(*_) -> bool:
@@ -156,8 +171,11 @@ FAULTS: dict[str, Callable[[int], Patch]] = {
     "dies_before_rename": lambda n: _before(checkpoint, "_sync", _in_folder(n), lambda *_: _die()),
     "dies_with_half_a_file": lambda n: _before(checkpoint, "_sync", _in_folder(n), _ends_a_file),
     "stopped_in_step": _in_step(lambda *_: _stop()),
+    "interrupted_in_step": _in_step(lambda *_: _stop(signal.SIGINT)),
+    "stopped_in_load": lambda n: _before(trainer, "build", lambda *_: True, lambda *_: _stop()),
     "stopped_in_data": _in_data(_stop),
     "stopped_in_evaluation": _in_evaluation,
+    "late": _late,
     "sleeps_in_step": _in_step(lambda *_: time.sleep(60)),
     "nan_pixels": _with_batch(_nan_pixels),
     "inf_gradient": _inf_gradient,
@@ -195,7 +213,7 @@ class Ended:
     unchanged: list[bool] = dataclasses.field(default_factory=list)
 
 
-def run_with(made, words: str = "") -> Ended:
+def run_with(made: FinetuneConfig, words: str = "") -> Ended:
     """A run with faults on this rank; for the pool's ranks."""
     ended = Ended()
     original = running.run_step
@@ -210,13 +228,29 @@ def run_with(made, words: str = "") -> Ended:
                 ended.unchanged.append(all(torch.equal(_whole(after[name]), x) for name, x in before.items()))
 
     with mock.patch.object(running, "run_step", watched), faults(words, dist.get_rank()):
-        from m3kernels.models.finetune.trainer import finetune
-
         try:
             ended.step = finetune(made).step
-        except (ValueError, CheckpointFailed) as error:
+        except FinetuneError as error:
             ended.error, ended.kind = str(error), type(error).__name__
     return ended
+
+
+def run_command(arguments: list[str], words: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of ``m3kernels finetune``."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), faults(words, dist.get_rank()):
+        code = command.run(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def signalled(first: int, second: int, repeated_s: float) -> str:
+    """What a process that gets two signals has saved by."""
+    with mock.patch.object(process, "REPEATED_S", repeated_s), process.StopSignals() as signals:
+        _stop(first)
+        time.sleep(0.05)
+        _stop(second)
+        time.sleep(0.05)
+    return signals.received
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:

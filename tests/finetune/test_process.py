@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 
+import faults
 import pytest
 import torch.distributed as dist
+from pool import RankFailed, run
 
 from m3kernels.models.finetune.process import StopSignals, Watch, process_group
 
@@ -56,33 +58,17 @@ def test_signals_are_wishes_and_handlers_come_back(number, capfd):
     assert f"{number.name}: saving, then exiting" in capfd.readouterr().err
 
 
-SIGNALLED = """
-import os, signal, time
-from m3kernels.models.finetune import process
-process.REPEATED_S = {repeated}
-with process.StopSignals() as signals:
-    os.kill(os.getpid(), signal.{first})
-    time.sleep(0.05)
-    os.kill(os.getpid(), signal.{second})
-    time.sleep(0.05)
-print("saved", signals.received)
-"""
-
-
 @pytest.mark.parametrize(
-    "first, second, repeated, code",
-    [
-        ("SIGTERM", "SIGTERM", 5, 0),  # srun and torchrun each send one
-        ("SIGTERM", "SIGTERM", 0, -signal.SIGTERM),
-        ("SIGINT", "SIGINT", 5, -signal.SIGINT),
-        ("SIGTERM", "SIGINT", 5, -signal.SIGINT),
-    ],
+    "first, second, repeated_s",
+    [(signal.SIGTERM, signal.SIGTERM, 0), (signal.SIGINT, signal.SIGINT, 5), (signal.SIGTERM, signal.SIGINT, 5)],
 )
-def test_a_second_signal_ends_at_once(first, second, repeated, code):
-    script = SIGNALLED.format(first=first, second=second, repeated=repeated)
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == code
-    assert ended.stdout == ("" if code else "saved SIGTERM\n")
+def test_a_second_signal_ends_at_once(first, second, repeated_s):
+    with pytest.raises(RankFailed, match=f"exit code -{second.value}"):
+        run(1, faults.signalled, first, second, repeated_s)
+
+
+def test_a_sigterm_that_two_launchers_pass_on_is_one():
+    assert run(1, faults.signalled, signal.SIGTERM, signal.SIGTERM, 5) == ["SIGTERM"]
 
 
 def test_a_group_of_one_process_and_one_that_is_there():
