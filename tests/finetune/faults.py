@@ -145,6 +145,14 @@ def _late(n: int) -> Patch:
     return stack
 
 
+def _wait_for_a_signal(*_) -> None:
+    """Until StopSignals has one: at most 20 seconds."""
+    for _ in range(2000):
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            return
+        time.sleep(0.01)
+
+
 def _raise(error: BaseException) -> Callable[..., None]:
     def act(*_):
         raise error
@@ -175,6 +183,7 @@ FAULTS: dict[str, Callable[[int], Patch]] = {
     "stopped_in_load": lambda n: _before(trainer, "build", lambda *_: True, lambda *_: _stop()),
     "stopped_in_data": _in_data(_stop),
     "stopped_in_evaluation": _in_evaluation,
+    "waits_in_step": _in_step(_wait_for_a_signal),
     "late": _late,
     "sleeps_in_step": _in_step(lambda *_: time.sleep(60)),
     "nan_pixels": _with_batch(_nan_pixels),

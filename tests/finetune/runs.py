@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from m3kernels.cli.demo_model import ModelSize
+from m3kernels.models.finetune.checkpoint import complete, read_record
 from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.config import FinetuneConfig
 from m3kernels.models.finetune.metrics import METRICS, read_metrics
@@ -74,6 +75,11 @@ def losses(folder: Path) -> list[float]:
 def events(folder: Path) -> list[dict]:
     """Every line of metrics.jsonl."""
     return [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+
+
+def record(made: FinetuneConfig) -> dict:
+    """``run.json`` of the newest checkpoint."""
+    return read_record(list(complete(checkpoints(made)).values())[-1])
 
 
 def state(folder: Path) -> dict[str, Tensor]:
