@@ -3,8 +3,10 @@
 import functools
 import io
 import itertools
+import json
 import pickle
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from PIL import Image
 from m3kernels.models.finetune.config import FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.records import BadRecord
+from m3kernels.models.finetune.data.rows import read_row
 
 BOS, EOS, INST, END_INST, IMG, PAD, BREAK, IMG_END, SYSTEM, END_SYSTEM = 1, 2, 3, 4, 10, 11, 12, 13, 17, 18
 CONTROL = [
@@ -407,3 +410,112 @@ def test_wrong_folders_are_refused(tmp_path):
         Encoder.open(mistral_folder(), backend="hf")
     with pytest.raises(FinetuneError, match="no chat template"):
         Encoder.open(processor_folder(template=False), backend="processor")
+
+
+def test_junk_is_a_bad_record_and_never_another_error():
+    rng = random.Random(1)
+    words = [
+        "user",
+        "assistant",
+        "text",
+        "image",
+        "<image>",
+        "a.png",
+        "http://",
+        "tool",
+        "",
+        "f",
+        "human",
+        "{",
+        "[1]",
+        "data:x",
+    ]
+    keys = (
+        "role content type text image images conversation messages conversations from value tool_calls function name "
+        "arguments tools bytes path image_url tool_call_id parameters"
+    ).split()
+
+    def junk(depth):
+        kind = rng.randrange(7 if depth else 4)
+        if kind < 4:
+            return rng.choice([None, 3, rng.choice(words), rng.choice(words)])
+        if kind == 4:
+            return [junk(depth - 1) for _ in range(rng.randrange(3))]
+        return {rng.choice(keys): junk(depth - 1) for _ in range(rng.randrange(4))}
+
+    good = {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]}
+    refused = 0
+    for _ in range(1500):
+        row = json.loads(json.dumps(good))
+        target = rng.choice([row, row["messages"], *row["messages"]])
+        if isinstance(target, list):
+            target.insert(rng.randrange(3), junk(4))
+        else:
+            target[rng.choice(keys)] = junk(4)
+        try:
+            for backend in ("mistral", "processor", "plain"):
+                encoder(backend).encode(read_row(row, folder=None), seq_length=64)
+        except BadRecord:
+            refused += 1
+    assert 250 < refused < 1450
+
+
+def test_the_wrong_split_of_early_conversions_is_refused(tmp_path):
+    shutil.copytree(processor_folder(), tmp_path / "copy")
+    file = tmp_path / "copy" / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    wrong = {
+        "type": "Split",
+        "pattern": {"Regex": "(?i:'s|'t|'re|'ve)|\\p{N}{1,3}"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    saved["pre_tokenizer"]["pretokenizers"][0] = wrong
+    file.write_text(json.dumps(saved))
+    with pytest.raises(FinetuneError, match="fix_mistral_regex"):
+        Encoder.open(tmp_path / "copy")
+
+
+def test_other_patches_are_refused(tmp_path):
+    for source, name, change in [
+        (
+            mistral_folder(),
+            "tekken.json",
+            {"image": {"image_patch_size": 16, "max_image_size": 1540, "spatial_merge_size": 2}},
+        ),
+        (processor_folder(), "processor_config.json", {"patch_size": 16}),
+    ]:
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        config = json.loads((folder / name).read_text(encoding="utf-8")) | change
+        (folder / name).write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(FinetuneError, match="patches of 16 pixels"):
+            Encoder.open(folder)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+    shutil.copytree(processor_folder(), tmp_path / "copy")
+    moving = "{{ bos_token }}{% for m in messages %}{{ messages|length }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "copy" / "chat_template.jinja").write_text(moving)
+    with pytest.raises(FinetuneError, match="answers cannot be told apart"):
+        Encoder.open(tmp_path / "copy").encode(record(user("A"), assistant("B")))
+
+
+def test_ids_and_pixels_are_those_of_the_pixtral_processor():
+    pytest.importorskip("torchvision")
+    from transformers import AutoImageProcessor, PixtralProcessor, PreTrainedTokenizerFast
+
+    folder = processor_folder()
+    processor = PixtralProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(folder),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=(folder / "chat_template.jinja").read_text(),
+    )
+    turns = [user(image(1700, 300), image(31, 29), "What?"), assistant([text("a cat")])]
+    expected = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="np")
+    encoded = encoder("processor").encode(record(*turns))
+    assert encoded.tokens.tolist() == expected["input_ids"][0].tolist()
+    for found, padded in zip(encoder("processor").pixels(encoded), expected["pixel_values"]):
+        np.testing.assert_array_equal(found, padded[:, : found.shape[1], : found.shape[2]])

@@ -451,3 +451,32 @@ def test_bad_records_survive_a_worker_process():
     error = pickle.loads(pickle.dumps(BadRecord("", "why").at("a.jsonl:3")))
     assert (error.where, error.reason, str(error)) == ("a.jsonl:3", "why", "a.jsonl:3: why")
     assert error.at("elsewhere").where == "a.jsonl:3"
+
+
+def test_sets_of_the_hub_by_index_and_as_streams(tmp_path, monkeypatch):
+    asked = []
+    data = datasets.Dataset.from_dict({"question": ["Q", "R"], "answer": ["A", "B"]})
+
+    def load_dataset(path, name, *, split, streaming):
+        asked.append((path, name, split, streaming))
+        if split != "train":
+            raise ValueError(f"Unknown split {split!r}. Should be one of ['train'].")
+        if path == "nobody/none":
+            raise datasets.exceptions.DatasetNotFoundError("Dataset 'nobody/none' doesn't exist on the Hub")
+        return data.to_iterable_dataset() if streaming else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DatasetConfig(type="hf", maker_name=("gsm8k",))
+    source = open_source(config, "train", seed=0)
+    assert asked == [("openai/gsm8k", "main", "train", False)]
+    assert source.where(1) == "openai/gsm8k[train]:1" and shown(source[1]) == [("user", "R"), ("assistant", "B")]
+    assert open_source(config, "valid", seed=0) is None
+    stream = open_source(DatasetConfig(type="hf", maker_name=("gsm8k",), streaming=True), "train", seed=0)
+    assert isinstance(stream, Stream) and not isinstance(stream, Source)
+    assert shown(next(iter(stream.skip(1)))) == [("user", "R"), ("assistant", "B")]
+    with pytest.raises(FinetuneError, match="streamed sets are not mixed"):
+        open_source(DatasetConfig(type="hf", maker_name=("gsm8k", "gsm8k"), streaming=True), "train", seed=0)
+    with pytest.raises(FinetuneError, match="nobody/none cannot be opened .*HF_TOKEN"):
+        find_maker("gsm8k")(path="nobody/none")
+    with pytest.raises(FinetuneError, match="needed: image, ground_truth"):
+        find_maker("cord_v2")()
