@@ -104,7 +104,9 @@ def _stream(reference) -> tuple:
         if isinstance(data, (bytes, bytearray)):
             return io.BytesIO(data), label
         if data is not None:
-            raise BadRecord("", f"an image's bytes are of type {type(data).__name__}; JSON holds images as paths or URLs")
+            raise BadRecord(
+                "", f"an image's bytes are of type {type(data).__name__}; JSON holds images as paths or URLs"
+            )
         reference = reference.get("path")
     if not isinstance(reference, (str, Path)) or not str(reference):
         raise BadRecord("", f"an image is given as {label}; allowed: a path, an http(s) URL, bytes or a PIL image")
