@@ -2,14 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import (
     Ministral3Config,
     Mistral3Config,
@@ -18,6 +15,7 @@ from transformers import (
 )
 
 from m3kernels.cli.demo_data import EOS_TOKEN, IMAGE_TOKEN, MAX_IMAGE_SIZE, MERGE_SIZE, PAD_TOKEN, PATCH_SIZE
+from m3kernels.models.float64 import float64_islands
 
 # the first group whose pattern is in a parameter's name takes it
 GROUPS = (
@@ -118,30 +116,6 @@ def build_model(
     model.generation_config.eos_token_id = EOS_TOKEN
     model.generation_config.pad_token_id = PAD_TOKEN
     return model.to(device).train()
-
-
-class _Float64(TorchFunctionMode):
-    """Does in fp64 what a model does in fp32 whatever its dtype: norms, rotary tables, softmax, loss."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float:
-            return args[0].double()
-        lifted = {torch.float32: torch.float64}
-        args = [lifted.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
-        kwargs = {k: lifted.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def float64_islands() -> Iterator[None]:
-    """Inside, transformers' own fp32 islands run in fp64, so that an fp64 model is fp64 throughout."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Float64():
-            yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 @dataclass(frozen=True)

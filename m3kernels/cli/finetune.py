@@ -11,13 +11,14 @@ def run(arguments: list[str]) -> int:
     from m3kernels.models.finetune.command import parse
     from m3kernels.models.finetune.config import FinetuneError
     from m3kernels.models.finetune.trainer import finetune
+    from m3kernels.models.ministral3.adapters import AdapterError
     from m3kernels.models.ministral3.files import CheckpointError
     from m3kernels.parallel import ParallelError
 
     try:
         command = parse(arguments)
         finetune(command.config, dry_run=command.dry_run)
-    except (FinetuneError, CheckpointError, ParallelError) as error:
+    except (FinetuneError, AdapterError, CheckpointError, ParallelError) as error:
         print(f"m3kernels finetune: {error}", file=sys.stderr)
         return 2
     return 0

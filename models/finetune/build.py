@@ -12,6 +12,7 @@ from m3kernels.models.finetune.optimizer import Trained, make_optimizer, with_ma
 from m3kernels.models.ministral3 import Config, Ministral3, parallelize
 from m3kernels.models.ministral3.adapters import AdapterConfig, add_adapters, reset_adapters, targets_of
 from m3kernels.models.ministral3.loading import load
+from m3kernels.models.ministral3.merging import is_adapter
 from m3kernels.models.ministral3.weights import Checkpoint
 from m3kernels.patching.rules import prepare
 
@@ -27,7 +28,6 @@ PARTS = {
     "vision_tower": ("model.vision_tower.",),
     "multi_modal_projector": ("model.multi_modal_projector.",),
 }
-ADAPTERS = ("lora_A", "lora_B", "lora_magnitude")
 # of which every allowed tp is a divisor: the vocabulary's padding, and so a checkpoint, is the same at each of them
 VOCAB_MULTIPLE = 8
 SAMPLED = 1 << 16
@@ -54,10 +54,6 @@ class Built:
 def part_of_name(name: str) -> str:
     """Which of PARTS a parameter belongs to."""
     return next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
-
-
-def is_adapter(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ADAPTERS
 
 
 def open_checkpoint(config: FinetuneConfig) -> Checkpoint:
@@ -143,7 +139,7 @@ def build(
     parallelize(model, mesh, param_dtype=computed, reduce_dtype=stored)
     load(model, checkpoint, device=device, progress=progress)
     model.source = checkpoint.folder
-    if any(is_adapter(name) for name, _ in model.named_parameters()):
+    if model.adapters is not None:
         reset_adapters(model, config.rng.seed)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if sharded:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from m3kernels.models.finetune.build import DTYPES, PARTS, is_adapter, part_of_name
+from m3kernels.models.finetune.build import DTYPES, PARTS, part_of_name
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.ministral3 import Ministral3, set_recompute
+from m3kernels.models.ministral3.merging import is_adapter
 from m3kernels.models.ministral3.recompute import kept_bytes, least_recompute
 from m3kernels.models.ministral3.sharding import row_of
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ from m3kernels.models.finetune.resolve import Folders, changes
 from m3kernels.models.finetune.results import export
 from m3kernels.models.finetune.schedule import learning_rate
 from m3kernels.models.finetune.step import Shared, StepResult, run_step, share
+from m3kernels.models.float64 import float64_islands
 
 PACKAGES = ("m3kernels", "torch", "triton", "transformers", "mistral-common", "datasets")
 GIB = 2**30
@@ -183,7 +185,8 @@ class Run:
             if shared.written:
                 self._save_failed(self.checkpoints.wait)
             self._count_bad(batch, shared)
-            result = run_step(self.built, batch, shared, self.config, progress.step, watch.beat)
+            with self._precision():
+                result = run_step(self.built, batch, shared, self.config, progress.step, watch.beat)
             loss = result.loss
             progress.step += 1
             progress.optimizer_steps += result.stepped
@@ -203,6 +206,9 @@ class Run:
         watch.beat("the end of the last checkpoint")
         self.checkpoints.wait()
         return loss
+
+    def _precision(self):
+        return float64_islands() if self.config.train.precision == "fp64" else nullcontext()
 
     def _wants_to_stop(self, signals: StopSignals) -> bool:
         minutes = self.config.train.exit_duration_in_mins
@@ -256,7 +262,8 @@ class Run:
         rank = 0 if layout.batch_group is None else layout.batch_group.rank()
         ranks = self.process.size // self.tp
         batches = self.data.valid.eval_batches(validation.eval_iters, rank, ranks)
-        found = evaluate(self.built.model, batches, self.built.dtype, watch.beat)
+        with self._precision():
+            found = evaluate(self.built.model, batches, self.built.dtype, watch.beat)
         self.say(
             f"step {self.progress.step}: validation loss {found.loss:.4f}, tokens right {found.accuracy:.1%}, "
             f"answers right {found.exact:.1%} of {found.samples}"

@@ -75,7 +75,9 @@ def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:
         FinetuneError: a set that is not there or has other columns, a checkpoint without a tokenizer.
     """
     data, train = config.dataset, config.train
-    encoder = Encoder.open(data.tokenizer or checkpoint, max_image_size=data.max_image_size, system_prompt=data.system_prompt)
+    encoder = Encoder.open(
+        data.tokenizer or checkpoint, max_image_size=data.max_image_size, system_prompt=data.system_prompt
+    )
     options = {
         "seed": config.rng.seed,
         "global_batch_size": train.global_batch_size,

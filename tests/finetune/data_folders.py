@@ -42,9 +42,9 @@ def write_tiny_processor(folder: Path, tekken: Path, *, template: bool = True) -
     if template:
         tokenizer.chat_template = convert_tokenizer_to_chat_template(str(tekken))
     tokenizer.save_pretrained(folder)
-    PixtralImageProcessorPil(
-        size={"longest_edge": 1540}, patch_size={"height": 14, "width": 14}
-    ).save_pretrained(folder)
+    PixtralImageProcessorPil(size={"longest_edge": 1540}, patch_size={"height": 14, "width": 14}).save_pretrained(
+        folder
+    )
     config = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2}
     (folder / "processor_config.json").write_text(json.dumps(config))
 

@@ -87,6 +87,10 @@ def read_turns(record: dict, *, system_prompt: str | None = None) -> tuple[tuple
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise BadRecord("", f"conversation is {_shown(conversation)}; it must be a list of turns")
     turns = [_read_turn(message, f"turn {n}") for n, message in enumerate(conversation)]
+    turns = [
+        _without_end_spaces(turn) if turn.role == "assistant" and after != "assistant" else turn
+        for turn, after in zip(turns, [turn.role for turn in turns[1:]] + [""])
+    ]
     if not any(turn.role == "assistant" for turn in turns):
         raise BadRecord("", "there is no assistant turn to learn from")
     if turns[-1].role != "assistant":
@@ -118,6 +122,13 @@ def _read_turn(message, label: str) -> Turn:
     if role != "assistant" and calls:
         raise BadRecord("", f"{label} of role {role!r} has tool_calls; only assistant turns can")
     return turn
+
+
+def _without_end_spaces(turn: Turn) -> Turn:
+    """mistral-common drops spaces at the end of an answer; chat templates do not, and are to give the same ids."""
+    if not turn.parts or turn.parts[-1]["type"] != "text":
+        return turn
+    return replace(turn, parts=(*turn.parts[:-1], text_part(turn.parts[-1]["text"].rstrip(" "))))
 
 
 def _read_part(part, label: str) -> dict:

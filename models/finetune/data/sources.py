@@ -104,6 +104,8 @@ def _local(config: DatasetConfig, split: Split) -> list:
     name = {"train": "train", "valid": "validation", "test": "test"}[split]
     return [
         # a folder whose files name no split is the one that its option asks for
-        make_local_dataset(path=path, split=name if names_splits(Path(path)) else "train", image_folder=config.image_folder)
+        make_local_dataset(
+            path=path, split=name if names_splits(Path(path)) else "train", image_folder=config.image_folder
+        )
         for path in paths
     ]
