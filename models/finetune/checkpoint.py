@@ -123,12 +123,10 @@ class Checkpointer:
             together(lambda: _write_json(temporary / RECORD, record), what, everywhere=False)
             writer = FileSystemWriter(temporary, single_file_per_rank=True, thread_count=1)
             if self._async:
-                options = {"process_group": self._group, "no_dist": self._group is None}
-                future = dcp.async_save(dict(tensors), storage_writer=writer, **options)
+                future = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self._group)
                 self._pending = (future, temporary, final)
                 return
-            options = {"no_dist": dist.get_world_size() == 1}
-            together(lambda: dcp.save(dict(tensors), storage_writer=writer, **options), what, everywhere=True)
+            together(lambda: dcp.save(dict(tensors), storage_writer=writer), what, everywhere=True)
             self._commit(temporary, final, what)
         except CheckpointFailed:
             _discard(temporary)
@@ -205,7 +203,7 @@ class Checkpointer:
                 f"{checkpoint} holds other parameters than are trained now: {len(differing)} differ, such as {differing[:3]}; "
                 "resume with the same peft.*, model.freeze_* and pretrained checkpoint, or save somewhere else"
             )
-        dcp.load(tensors, storage_reader=reader, no_dist=dist.get_world_size() == 1)
+        dcp.load(tensors, storage_reader=reader)
         if read_record(checkpoint)["ranks"] != dist.get_world_size():
             return False
         _read_rng(checkpoint)

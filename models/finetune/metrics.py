@@ -138,7 +138,9 @@ def read_metrics(path: Path) -> list[dict]:
         if "resumed_from" in row:
             rows = {key: kept for key, kept in rows.items() if kept["step"] <= row["resumed_from"]}
         else:
-            rows[row["step"], "valid_loss" in row] = row
+            # what is told by the way, answers and bad records, is not told again for a step
+            kind = next((kind for kind in ("loss", "valid_loss") if kind in row), len(rows))
+            rows[row["step"], kind] = row
     return list(rows.values())
 
 

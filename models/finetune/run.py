@@ -20,7 +20,7 @@ from m3kernels.models.finetune.checkpoint import Checkpointer, CheckpointFailed,
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.loader import step_batches
-from m3kernels.models.finetune.data.plan import Plan, StepBatch
+from m3kernels.models.finetune.data.plan import BadRecords, Plan, StepBatch
 from m3kernels.models.finetune.estimate import flops_a_token, peak_flops
 from m3kernels.models.finetune.evaluate import answer, evaluate
 from m3kernels.models.finetune.optimizer import set_step
@@ -86,6 +86,7 @@ class Run:
     def __init__(self, config: FinetuneConfig, process: Process, where: Folders, data: Data, built: Built):
         self.config, self.process, self.where, self.data, self.built = config, process, where, data, built
         self.progress = Progress()
+        self.reasons: dict[str, str] = {}  # of bad records, by place
         options = {"keep": config.checkpoint.most_recent_k, "async_save": config.checkpoint.async_save}
         self.checkpoints = Checkpointer(where.checkpoints, **options)
         self.weights = weights_fingerprint(built.checkpoint)
@@ -160,7 +161,9 @@ class Run:
             return
         ways = "go back to what it was, save somewhere else (checkpoint.save, name), or pass checkpoint.allow_changed_data=True"
         if record["data"] != self.data.train.fingerprint:
-            raise FinetuneError(f"{latest} was trained on other data (order, files or tokenizer changed): {ways}")
+            raise FinetuneError(
+                f"{latest} saw other data (files, tokenizer, rng.seed, global batch or seq_length have changed): {ways}"
+            )
         if record["weights"] != self.weights:
             before = record["config"]["checkpoint"]["pretrained_checkpoint"]
             raise FinetuneError(f"{latest} began with other pretrained weights ({before}): {ways}")
@@ -222,19 +225,12 @@ class Run:
         self.progress.bad += shared.bad
         found = [None] * self.process.size
         dist.all_gather_object(found, batch.bad)
-        bad = list(dict.fromkeys(pair for pairs in found for pair in pairs))
-        for where, reason in bad:
+        for where, reason in dict.fromkeys(pair for pairs in found for pair in pairs):
+            self.reasons[where] = reason
             self.say(f"replaced {where}: {reason}")
             self._write({"replaced": where, "reason": reason})
-        share, limit = self.progress.bad / max(self.progress.read, 1), self.config.dataset.max_bad_share
-        # one of the first few is no share yet
-        if share > limit and (self.progress.read >= 100 or self.progress.bad >= 10):
-            listed = "; ".join(f"{where}: {reason}" for where, reason in bad[:20])
-            raise FinetuneError(
-                f"{self.progress.bad} of {self.progress.read} records read were bad ({share:.1%}; dataset.max_bad_share is "
-                f"{limit:.1%}), at last {listed}. All of them are in {self.where.run / metrics.METRICS}; "
-                "m3kernels data validate lists them without training"
-            )
+        bad = BadRecords(self.progress.read, self.progress.bad, self.reasons)
+        bad.raise_if_over(self.config.dataset.max_bad_share)
 
     def _after_step(self, watch: Watch, stopping: bool) -> None:
         """Evaluates and saves where it is time to."""

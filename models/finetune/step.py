@@ -44,16 +44,25 @@ class StepResult:
 
 
 def share(built: Built, batch: StepBatch, stop: bool, written: bool) -> Shared:
-    """Over all ranks; counts of batches once for each tensor-parallel group."""
+    """Over all ranks; counts of batches once for each tensor-parallel group.
+
+    Raises:
+        FinetuneError: ranks read other data than each other.
+    """
     layout = built.model.layout
     counts = torch.tensor([batch.supervised, batch.tokens, batch.capacity, batch.read, len(batch.bad)], device="cpu")
-    flags = torch.tensor([stop, not written], dtype=torch.long)
+    flags = torch.tensor([stop, not written, batch.agreed])
     if layout.tp_group is not None and layout.tp_group.rank() > 0:
         counts.zero_()
     both = torch.cat([counts, flags])
     if dist.get_world_size() > 1:
         dist.all_reduce(both)
-    *sums, stops, unwritten = both.tolist()
+    *sums, stops, unwritten, agreed = both.tolist()
+    if agreed != batch.agreed * dist.get_world_size():
+        raise FinetuneError(
+            f"step {batch.step + 1}: rank {dist.get_rank()} read other samples than another rank: the data must be the same "
+            "files on every host"
+        )
     return Shared(*sums, stop=stops > 0, written=unwritten == 0)
 
 

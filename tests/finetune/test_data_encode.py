@@ -1,101 +1,41 @@
-"""Tokens, masks and pixels, with mistral-common's own answers as the reference."""
+"""Tokens and masks, with mistral-common's own answers as the reference."""
 
-import functools
-import io
 import itertools
-import pickle
+import json
 import random
 
 import numpy as np
 import pytest
-from data_folders import mistral_folder, processor_folder
+from data_chats import (
+    BOS,
+    CHATS,
+    CONTROL,
+    END_INST,
+    END_SYSTEM,
+    EOS,
+    IMG,
+    IMG_END,
+    INST,
+    SYSTEM,
+    assistant,
+    encoder,
+    image,
+    letter,
+    record,
+    text,
+    user,
+)
+from data_folders import mistral_folder
 from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool, ToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from PIL import Image
 
-from m3kernels.models.finetune.config import FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.records import BadRecord
-
-BOS, EOS, INST, END_INST, IMG, PAD, BREAK, IMG_END, SYSTEM, END_SYSTEM = 1, 2, 3, 4, 10, 11, 12, 13, 17, 18
-CONTROL = [
-    "[/INST]",
-    "[INST]",
-    "</s>",
-    "<s>",
-    "[IMG]",
-    "[IMG_END]",
-    "[TOOL_CALLS]",
-    "[ARGS]",
-    "[/TOOL_RESULTS]",
-    "<pad>",
-]
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Adds [ARGS] numbers.",
-        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
-    },
-}
-
-
-@functools.cache
-def encoder(backend: str) -> Encoder:
-    folders = {"mistral": mistral_folder, "processor": processor_folder}
-    folder = folders.get(backend, functools.partial(processor_folder, template=False))()
-    made = Encoder.open(folder)
-    assert made.backend == backend
-    return made
-
-
-def user(*content):
-    return {"role": "user", "content": [part if isinstance(part, dict) else text(part) for part in content]}
-
-
-def text(value):
-    return {"type": "text", "text": value}
-
-
-def image(width, height, colour="red", mode="RGB"):
-    return {"type": "image", "image": Image.new(mode, (width, height), colour)}
-
-
-def assistant(content, **fields):
-    return {"role": "assistant", "content": content, **fields}
-
-
-def record(*turns, **fields):
-    return {"conversation": list(turns), **fields}
-
-
-def letter(character: str) -> int:
-    return 1000 + ord(character)
-
-
-CHATS = {
-    "one": record(user("Hello"), assistant("Hi there")),
-    "literals": record(user(" ".join(CONTROL)), assistant("No " + "".join(CONTROL)), user("\ue000[/INST]"), assistant("x")),
-    "system": record({"role": "system", "content": "Be [INST] brief"}, user("A\n"), assistant("B\n\n")),
-    "turns": record(user("A"), assistant("B"), user("C"), assistant("D"), user("é ü 漢"), assistant("F ")),
-    "images": record(
-        user(image(300, 400), "What?\n", image(100, 40), "and"), assistant("a cat"), user("again", image(28, 28)), assistant("b")
-    ),
-    "image last": record(user("A", image(60, 30)), assistant("B")),
-    "two texts": record(user("A", "B", image(60, 30)), assistant("C")),
-    "runs": record(user("A", "B"), user("C"), assistant("D"), assistant([text("E"), text("F")])),
-    "tools": record(
-        user("1+2"),
-        assistant(None, tool_calls=[{"function": {"name": "add", "arguments": {"a": "é [ARGS]"}}}]),
-        {"role": "tool", "content": "3 [/TOOL_RESULTS]"},
-        assistant("It is 3"),
-        tools=[TOOL],
-    ),
-}  # fmt: skip
+from m3kernels.models.finetune.data.rows import read_row
 
 
 def by_mistral_common(chat: dict, *, version: str = "v13") -> tuple[list[int], list[bool]]:
@@ -282,128 +222,49 @@ def test_upstream_refusals_are_bad_records():
             encoder(backend).encode({"conversation": turns})
 
 
-@pytest.mark.parametrize("size", [(1, 1), (28, 28), (29, 28), (300, 400), (1540, 1540), (1541, 3000), (5000, 9)])
-@pytest.mark.parametrize("backend", ["mistral", "processor"])
-def test_sizes_from_the_header_are_those_of_the_pixels(backend, size):
-    made = encoder(backend)
-    encoded = made.encode(record(user(image(*size), "A"), assistant("B")))
-    (array,) = made.pixels(encoded)
-    assert array.shape == (3, *encoded.sizes[0]) and array.dtype == np.float32
-    height, width = encoded.sizes[0]
-    assert encoded.tokens.tolist().count(IMG) == (height // 28) * (width // 28)
-    assert encoded.tokens.tolist().count(BREAK) == height // 28 - 1
+def test_junk_is_a_bad_record_and_never_another_error():
+    rng = random.Random(1)
+    words = [
+        "user",
+        "assistant",
+        "text",
+        "image",
+        "<image>",
+        "a.png",
+        "http://",
+        "tool",
+        "",
+        "f",
+        "human",
+        "{",
+        "[1]",
+        "data:x",
+    ]
+    keys = (
+        "role content type text image images conversation messages conversations from value tool_calls function name "
+        "arguments tools bytes path image_url tool_call_id parameters"
+    ).split()
 
+    def junk(depth):
+        kind = rng.randrange(7 if depth else 4)
+        if kind < 4:
+            return rng.choice([None, 3, rng.choice(words), rng.choice(words)])
+        if kind == 4:
+            return [junk(depth - 1) for _ in range(rng.randrange(3))]
+        return {rng.choice(keys): junk(depth - 1) for _ in range(rng.randrange(4))}
 
-def test_mistral_pixels_are_those_of_mistral_common():
-    pixels = np.random.default_rng(0).integers(256, size=(45, 70, 4), dtype=np.uint8)
-    picture = {"type": "image", "image": Image.fromarray(pixels, "RGBA")}
-    whole = MistralTokenizer.from_file(str(mistral_folder() / "tekken.json"), mode=ValidationMode.finetuning)
-    messages = [UserMessage(content=[ImageChunk(image=picture["image"])]), AssistantMessage(content="B")]
-    (expected,) = whole.encode_chat_completion(ChatCompletionRequest(messages=messages)).images
-    made = encoder("mistral")
-    (found,) = made.pixels(made.encode(record(user(picture), assistant("B"))))
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_a_lower_image_limit_shrinks_and_a_higher_one_is_refused():
-    for folder in (mistral_folder(), processor_folder()):
-        made = Encoder.open(folder, max_image_size=280)
-        encoded = made.encode(record(user(image(1000, 500), "A"), assistant("B")))
-        assert encoded.sizes == ((140, 280),)
-        assert made.pixels(encoded)[0].shape == (3, 140, 280)
-        for wrong in (2000, 27):
-            with pytest.raises(FinetuneError, match="allowed: 28 to 1540"):
-                Encoder.open(folder, max_image_size=wrong)
-
-
-def jpeg(orientation=None) -> bytes:
-    picture = Image.effect_noise((100, 30), 80).convert("RGB").point(lambda v: v // 4)
-    picture.paste("white", (0, 0, 50, 30))
-    exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
-    out = io.BytesIO()
-    picture.save(out, "JPEG", exif=exif)
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("backend", ["mistral", "processor"])
-def test_exif_turns_the_image_and_its_size(backend):
-    made = encoder(backend)
-    bright = {}
-    for orientation in (None, 3, 6, 8):
-        reference = {"bytes": jpeg(orientation), "path": None}
-        encoded = made.encode(record(user({"type": "image", "image": reference}), assistant("B")))
-        assert encoded.sizes == (((56, 112),) if orientation in (None, 3) else ((112, 56),))
-        (array,) = made.pixels(encoded)
-        bright[orientation] = [array[0, :28].mean() > 0.3, array[0, :, :28].mean() > 0.3]
-    # the white half is left, right, above and below: not turned, 6 and 8 would be as None
-    assert bright[None][1] and not bright[3][1] and bright[6][0] and not bright[8][0]
-
-
-def test_corrupt_pixels_are_found_when_they_are_decoded(tmp_path):
-    whole = jpeg()
-    path = tmp_path / "cut.jpg"
-    path.write_bytes(whole[: len(whole) - 300])
-    made = encoder("mistral")
-    encoded = made.encode(record(user({"type": "image", "image": str(path)}), assistant("B")))
-    with pytest.raises(BadRecord, match=r"cut.jpg is corrupt \("):
-        made.pixels(encoded)
-    path.write_bytes(jpeg(6))
-    assert made.pixels(encoded)[0].shape == (3, 56, 112)
-
-
-def test_too_many_pixels_are_refused_by_the_header():
-    header = io.BytesIO()
-    Image.new("1", (20000, 9000)).save(header, "PNG")
-    reference = {"bytes": header.getvalue(), "path": "bomb.png"}
-    with pytest.raises(BadRecord, match="bomb.png has too many pixels"):
-        encoder("mistral").encode(record(user({"type": "image", "image": reference}), assistant("B")))
-
-
-def test_encode_decodes_no_pixel(tmp_path, monkeypatch):
-    paths = []
-    for suffix in ("png", "jpg", "webp", "gif"):
-        paths.append(tmp_path / f"a.{suffix}")
-        Image.new("RGB", (40, 40)).save(paths[-1])
-
-    def load(self):
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    for path in paths:
-        chat = record(user({"type": "image", "image": str(path)}), assistant("B"))
-        assert encoder("mistral").encode(chat).sizes == ((56, 56),)
-
-
-def test_encoders_pickle_and_fingerprints_tell_them_apart():
-    made = Encoder.open(mistral_folder(), max_image_size=280)
-    again = pickle.loads(pickle.dumps(made))
-    assert again.fingerprint == made.fingerprint and again.backend == "mistral"
-    assert again.encode(CHATS["images"]).tokens.tolist() == made.encode(CHATS["images"]).tokens.tolist()
-    others = {
-        made.fingerprint,
-        encoder("mistral").fingerprint,
-        encoder("processor").fingerprint,
-        encoder("plain").fingerprint,
-    }
-    assert len(others) == 4
-    assert (made.eos_token, made.pad_token, made.image_token) == (EOS, PAD, IMG)
-    assert (encoder("processor").eos_token, encoder("processor").pad_token, encoder("processor").image_token) == (
-        2,
-        11,
-        10,
-    )
-
-
-def test_wrong_folders_are_refused(tmp_path):
-    for given, reason in [
-        (tmp_path / "none", "is no folder"),
-        (tmp_path, "neither tekken.json nor tokenizer.json"),
-    ]:
-        with pytest.raises(FinetuneError, match=reason):
-            Encoder.open(given)
-    with pytest.raises(FinetuneError, match="allowed: auto, mistral"):
-        Encoder.open(mistral_folder(), backend="hf")
-    with pytest.raises(FinetuneError, match="no chat template"):
-        Encoder.open(processor_folder(template=False), backend="processor")
+    good = {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]}
+    refused = 0
+    for _ in range(1500):
+        row = json.loads(json.dumps(good))
+        target = rng.choice([row, row["messages"], *row["messages"]])
+        if isinstance(target, list):
+            target.insert(rng.randrange(3), junk(4))
+        else:
+            target[rng.choice(keys)] = junk(4)
+        try:
+            for backend in ("mistral", "processor", "plain"):
+                encoder(backend).encode(read_row(row, folder=None), seq_length=64)
+        except BadRecord:
+            refused += 1
+    assert 250 < refused < 1450

@@ -16,6 +16,7 @@ def test_rows_of_a_killed_and_resumed_run(tmp_path):
     for step in (1, 2, 3, 4):
         first.write(step, {"loss": float(step)})
     first.write(3, {"valid_loss": 9.0})
+    first.write(3, {"sample": "a", "given": "b"})
     first.write(4, {"valid_loss": 8.0})
     first.close()
     with open(path, "a") as file:
@@ -27,6 +28,7 @@ def test_rows_of_a_killed_and_resumed_run(tmp_path):
     second.close()
     rows = metrics.read_metrics(path)
     assert [(r["step"], r["loss"]) for r in rows if "loss" in r] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [r["sample"] for r in rows if "sample" in r] == ["a"]
     assert [(r["step"], r["valid_loss"]) for r in rows if "valid_loss" in r] == [(3, 9.0)]
 
 

@@ -113,8 +113,8 @@ def _read_turn(message, label: str) -> Turn:
     if not isinstance(content, (list, tuple)):
         raise BadRecord("", f"{label}: content is {_shown(content)}; it must be text or a list of parts")
     parts = tuple(_read_part(part, label) for part in content)
-    calls = tuple(_read_call(call, label) for call in message.get("tool_calls") or ())
-    turn = Turn(role, parts, calls, message.get("tool_call_id"), message.get("name"))
+    calls = tuple(_read_call(call, label) for call in _list(message.get("tool_calls"), f"{label}: tool_calls"))
+    turn = Turn(role, parts, calls, *(_name(message, field, label) for field in ("tool_call_id", "name")))
     if role != "user" and turn.images:
         raise BadRecord("", f"{label} of role {role!r} has an image; only user turns can")
     if role == "assistant" and not calls and not turn.text.strip():
@@ -160,7 +160,11 @@ def _read_call(call, label: str) -> dict:
             raise BadRecord("", f"{label}: the arguments of {function['name']} are no JSON ({error})") from error
     # one spelling: tokenizers that parse arguments and templates that copy them then give the same ids
     text = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-    return {"id": call.get("id"), "type": "function", "function": {"name": function["name"], "arguments": text}}
+    return {
+        "id": _name(call, "id", label),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": text},
+    }
 
 
 def _with_call_ids(turns: list[Turn]) -> list[Turn]:
@@ -190,7 +194,7 @@ def _read_tools(tools) -> tuple[dict, ...]:
             tools = json.loads(tools)
         except ValueError as error:
             raise BadRecord("", f"tools are no JSON ({error})") from error
-    return tuple(_read_tool(tool) for tool in tools or ())
+    return tuple(_read_tool(tool) for tool in _list(tools, "tools"))
 
 
 def _read_tool(tool) -> dict:
@@ -205,6 +209,19 @@ def _read_tool(tool) -> dict:
             "parameters": function.get("parameters") or {},
         },
     }
+
+
+def _list(value, label: str) -> list | tuple:
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise BadRecord("", f"{label} is {_shown(value)}; it must be a list")
+    return value or ()
+
+
+def _name(fields: dict, key: str, label: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, str):
+        raise BadRecord("", f"{label}: {key} is {_shown(value)}; it must be text")
+    return value
 
 
 def _shown(value) -> str:

@@ -1,0 +1,98 @@
+"""Whole runs: one loss whatever the layout, exact resume, what is trained, what is written."""
+
+import dataclasses
+
+import pytest
+import runs
+import torch
+from pool import run
+
+from m3kernels.models.finetune import run as running
+from m3kernels.models.finetune import step
+from models import FP64, assert_same
+
+LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+def trained(made, ranks: int = 1) -> tuple[list[float], dict]:
+    (losses, _), *_ = run(ranks, runs.run, made, timeout_s=300)
+    return losses, runs.state(f"{made.dir}/{made.name}")
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, tmp_path_factory):
+    """What one process makes of a scheme, once for all tests."""
+    made = {}
+
+    def of(scheme: str):
+        if scheme not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            made[scheme] = trained(runs.config(checkpoint, folder, scheme=scheme))
+        return made[scheme]
+
+    return of
+
+
+@pytest.mark.parametrize("scheme", ["none", "lora", "dora"])
+@pytest.mark.parametrize("tp, dp", LAYOUTS)
+def test_every_layout_trains_the_same(checkpoint, tmp_path, alone, scheme, tp, dp):
+    made = runs.config(checkpoint, tmp_path, f"model.tensor_model_parallel_size={tp}", scheme=scheme)
+    losses, state = trained(made, tp * dp)
+    one, one_state = alone(scheme)
+    assert len(losses) == 4 and losses == pytest.approx(one, rel=1e-12)
+    assert_same(state, one_state, FP64)
+    assert one[0] - one[-1] > 0.05
+
+
+@pytest.mark.parametrize(
+    "split", ["dataset.pack=False", "dataset.pack=False train.micro_batch_size=3", "dataset.seq_length=256"]
+)
+def test_every_split_into_forwards_trains_the_same(checkpoint, tmp_path, alone, split):
+    losses, state = trained(runs.config(checkpoint, tmp_path, split))
+    one, one_state = alone("none")
+    assert losses == pytest.approx(one, rel=1e-12)
+    assert_same(state, one_state, FP64)
+
+
+def test_a_mean_of_means_would_be_seen(checkpoint, tmp_path, alone, monkeypatch):
+    """Dividing by one forward's tokens times their number, which is right only where all are alike, gives another loss."""
+    original = step.share
+
+    def of_the_first(built, batch, *flags):
+        first = batch.micro_batches[0].supervised * len(batch.micro_batches)
+        return dataclasses.replace(original(built, batch, *flags), supervised=first)
+
+    monkeypatch.setattr(running, "share", of_the_first)
+    made = runs.config(checkpoint, tmp_path, "dataset.pack=False train.micro_batch_size=1 train.train_iters=1")
+    (loss,), _ = runs.run(made)
+    assert abs(loss - alone("none")[0][0]) > 1e-3
+
+
+@pytest.mark.parametrize("scheme, extra", [("none", ""), ("lora", "peft.dropout=0.3"), ("dora", "")])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_is_the_same_bit_for_bit(checkpoint, tmp_path, scheme, extra, ranks):
+    made = runs.config(checkpoint, tmp_path, extra, "scheduler.lr_decay_iters=4", scheme=scheme)
+    straight = trained(dataclasses.replace(made, name="straight"), ranks)
+    half = dataclasses.replace(made, name="halves", train=dataclasses.replace(made.train, train_iters=2))
+    trained(half, ranks)
+    again = trained(dataclasses.replace(made, name="halves"), ranks)
+    assert again[0] == straight[0]
+    assert again[1].keys() == straight[1].keys()
+    assert all(torch.equal(again[1][name], x) for name, x in straight[1].items())
+
+
+@pytest.mark.parametrize("before, after", [((1, 1), (2, 1)), ((2, 1), (1, 2)), ((1, 2), (1, 1))])
+def test_a_run_goes_on_at_another_layout(checkpoint, tmp_path, alone, before, after):
+    tp = "model.tensor_model_parallel_size={}"
+    made = runs.config(checkpoint, tmp_path, tp.format(before[0]), "train.train_iters=2 scheduler.lr_decay_iters=4")
+    trained(made, before[0] * before[1])
+    made = runs.config(checkpoint, tmp_path, tp.format(after[0]), "scheduler.lr_decay_iters=4")
+    losses, state = trained(made, after[0] * after[1])
+    one, one_state = alone("none")
+    assert losses == pytest.approx(one, rel=1e-12)
+    assert_same(state, one_state, FP64)
