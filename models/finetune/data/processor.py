@@ -36,6 +36,7 @@ class FastTokenizer:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.bos, self.eos, self.pad = (self._id(name) for name in ("bos", "eos", "pad"))
         self.specials = {str(token): n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._names = {n: name for name, n in self.specials.items()}
         state = self.tokenizer.backend_tokenizer.pre_tokenizer
         split = "" if state is None else json.dumps(json.loads(state.__getstate__()), ensure_ascii=False)
         if "[INST]" in self.specials and _WRONG_SPLIT in split:
@@ -55,6 +56,9 @@ class FastTokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def control(self, token: int) -> str | None:
+        return self._names.get(token)
 
     def _id(self, kind: str) -> int:
         # a pad token is never trained on nor attended to: the end serves where there is none
