@@ -111,10 +111,11 @@ def test_forward_mode_is_not_dropped_without_gradients():
             ops.rms_norm(dual, weight)
 
 
-def _lora_arguments(scaled: bool):
+def _lora_arguments(scaled: bool, normed: bool = False):
     x, weight, A, B = (make(LORA)[n] for n in ("x", "weight", "A", "B"))
     magnitudes = [torch.ones(len(weight), device=DEVICE, requires_grad=True) if scaled else None, None, None]
-    return x, weight, A, B, *[None] * 6, *magnitudes, *[None] * 4, [0.5], 0.0, [0, 0]
+    norms = torch.full((len(weight),), 2.0, device=DEVICE) if normed else None
+    return x, weight, A, B, *[None] * 6, *magnitudes, *[None] * 3, norms, None, [0.5], 0.0, [0, 0]
 
 
 def _fp8_arguments():
@@ -127,6 +128,7 @@ OPCHECKS = {
     "fp8_linear": _fp8_arguments,
     "lora_linear": lambda: _lora_arguments(False),
     "lora_linear ": lambda: _lora_arguments(True),
+    "lora_linear  ": lambda: _lora_arguments(True, True),
     "dora_norm": lambda: (*(make(LORA, grad=False)[n] for n in ("weight", "A", "B")), 0.5),
     "rms_norm": lambda: (make(RMS_NORM)["x"], make(RMS_NORM)["weight"], 1e-5),
     "add_rms_norm": lambda: (*(make(ADD_RMS_NORM)[n] for n in ("x", "residual", "weight")), 1e-5),

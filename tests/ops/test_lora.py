@@ -1,5 +1,7 @@
 """Adapters beside what every op is tested for: layers of one input, fp32 adapters, dropout's masks, refusals."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -143,6 +145,61 @@ def test_dropout_masks_are_independent_and_of_the_right_rate():
     torch.rand(1, device=DEVICE)
     again = lora_linear(*(torch.ones(128, 128, device=DEVICE),) * 4, dropout_p=0.4)
     assert torch.isfinite(again).all()
+
+
+def test_streams_of_equal_generators_are_others():
+    """Ranks that hold other columns of an input draw other masks of them; those that hold the same ones the same."""
+    ones, draws = torch.ones(128, 128, device=DEVICE), []
+    eye = torch.eye(128, device=DEVICE)
+    for stream in (0, 1, 1):
+        torch.manual_seed(5)
+        draws += lora_linears(ones, [Adapted(ones * 0, eye, eye)], dropout_p=0.4, stream=stream)
+    kept = [draw != 0 for draw in draws]
+    assert torch.equal(kept[1], kept[2])
+    assert abs((kept[0] == kept[1]).float().mean() - 0.52) < 0.02
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("dtype, adapters", [(torch.float32, torch.float32), (HALF, torch.float32), (HALF, HALF)])
+def test_parts_of_a_row_layer_add_up_with_its_norms(given, dtype, adapters):
+    """Columns of W and A on two ranks: outputs and the gradients of B and of the magnitude are sums, where both know the norm."""
+    x, (layer,) = layers_of(64, (40,), 6, dtype, adapters, dora=True)
+    norm = ops.dora_norm(layer.weight, layer.A, layer.B, layer.scaling)
+    parts = []
+    for columns in (slice(0, 24), slice(24, 64)):
+        own_x, weight, a = (t.detach()[..., columns].clone().requires_grad_() for t in (x, layer.weight, layer.A))
+        b, magnitude = (t.detach().clone().requires_grad_() for t in (layer.B, layer.magnitude))
+        own = Adapted(weight, a, b, layer.scaling, magnitude, norm=norm if given else None)
+        parts.append(run(lora_linears, own_x, [own]))
+    y, dx, dw, da, db, dm = run(plain, *in_fp64(x, [layer]))
+    joined = lambda i: torch.cat([part[i] for part in parts], dim=-1)
+    found = (
+        parts[0][0] + parts[1][0],
+        joined(1),
+        joined(2),
+        joined(3),
+        parts[0][4] + parts[1][4],
+        parts[0][5] + parts[1][5],
+    )
+    errors = [relative_error(a, t) for a, t in zip(found, (y, dx, dw, da, db, dm))]
+    if given:
+        assert max(errors) < (1e-5 if dtype == torch.float32 else 3e-2 if HALF == torch.bfloat16 else 4e-3)
+    else:
+        assert min(errors) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": torch.ones(39)}, r"norms must be \(N,\)"),
+        ({"norm": torch.ones(40), "magnitude": None}, "LoRA has none"),
+    ],
+)
+def test_norms_that_do_not_fit(change, message):
+    x, (layer,) = layers_of(32, (40,), 6, torch.float32, torch.float32, dora=True)
+    change = {name: value if value is None else value.to(DEVICE) for name, value in change.items()}
+    with pytest.raises(ValueError, match=message):
+        lora_linears(x, [dataclasses.replace(layer, **change)])
 
 
 def test_checkpointing_draws_the_same_mask():

@@ -101,8 +101,12 @@ def _stream(reference) -> tuple:
     label = _label(reference)
     if isinstance(reference, dict):
         data = reference.get("bytes")
-        if data is not None:
+        if isinstance(data, (bytes, bytearray)):
             return io.BytesIO(data), label
+        if data is not None:
+            raise BadRecord(
+                "", f"an image's bytes are of type {type(data).__name__}; JSON holds images as paths or URLs"
+            )
         reference = reference.get("path")
     if not isinstance(reference, (str, Path)) or not str(reference):
         raise BadRecord("", f"an image is given as {label}; allowed: a path, an http(s) URL, bytes or a PIL image")
@@ -114,5 +118,5 @@ def _stream(reference) -> tuple:
 
 def _label(reference) -> str:
     if isinstance(reference, dict):
-        return reference.get("path") or "an image in bytes"
+        return str(reference.get("path") or "an image in bytes")
     return str(reference) if isinstance(reference, (str, Path)) else f"a {type(reference).__name__}"

@@ -38,28 +38,28 @@ class IndexedBatch:
 
 @dataclass(frozen=True)
 class StreamedBatch:
-    """Records of a global batch that came one after the other; others of the same batch stand in for bad ones."""
+    """Records of a global batch, each after its position in the stream; others of the batch stand in for bad ones."""
 
     name: str
     seed: int
     first: int
-    records: tuple[dict | BadRecord, ...]
+    found: tuple[tuple[int, dict | BadRecord], ...]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.found)
 
     def index(self, place: int, attempt: int = 0) -> int:
         return candidate(self.seed, 0, self.first + place, attempt, len(self)) if attempt else place
 
     def where(self, place: int, attempt: int = 0) -> str:
-        return f"{self.name}:{self.first + self.index(place, attempt)}"
+        return f"{self.name}:{self.found[self.index(place, attempt)][0]}"
 
     def record(self, place: int, attempt: int = 0) -> dict:
         """The record, or what stands in for it at the ``attempt``-th time. Raises BadRecord."""
-        found = self.records[self.index(place, attempt)]
-        if isinstance(found, BadRecord):
-            raise found
-        return found
+        record = self.found[self.index(place, attempt)][1]
+        if isinstance(record, BadRecord):
+            raise record
+        return record
 
 
 class IndexedReader:
@@ -117,13 +117,13 @@ class StreamReader:
         return tuple((0, position) for position in range(first, first + count))
 
     def batch(self, first: int, count: int) -> StreamedBatch:
-        records = []
+        found = []
         for position in range(first, first + count):
             record = self._read(position)
             if record is _END:
                 break
-            records.append(record)
-        return StreamedBatch(self.stream.name, self.seed, first, tuple(records))
+            found.append((self._at - 1, record))
+        return StreamedBatch(self.stream.name, self.seed, first, tuple(found))
 
     def _read(self, position: int):
         if self._records is None or position != self._next:

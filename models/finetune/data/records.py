@@ -87,6 +87,10 @@ def read_turns(record: dict, *, system_prompt: str | None = None) -> tuple[tuple
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise BadRecord("", f"conversation is {_shown(conversation)}; it must be a list of turns")
     turns = [_read_turn(message, f"turn {n}") for n, message in enumerate(conversation)]
+    turns = [
+        _without_end_spaces(turn) if turn.role == "assistant" and after != "assistant" else turn
+        for turn, after in zip(turns, [turn.role for turn in turns[1:]] + [""])
+    ]
     if not any(turn.role == "assistant" for turn in turns):
         raise BadRecord("", "there is no assistant turn to learn from")
     if turns[-1].role != "assistant":
@@ -109,8 +113,8 @@ def _read_turn(message, label: str) -> Turn:
     if not isinstance(content, (list, tuple)):
         raise BadRecord("", f"{label}: content is {_shown(content)}; it must be text or a list of parts")
     parts = tuple(_read_part(part, label) for part in content)
-    calls = tuple(_read_call(call, label) for call in message.get("tool_calls") or ())
-    turn = Turn(role, parts, calls, message.get("tool_call_id"), message.get("name"))
+    calls = tuple(_read_call(call, label) for call in _list(message.get("tool_calls"), f"{label}: tool_calls"))
+    turn = Turn(role, parts, calls, *(_name(message, field, label) for field in ("tool_call_id", "name")))
     if role != "user" and turn.images:
         raise BadRecord("", f"{label} of role {role!r} has an image; only user turns can")
     if role == "assistant" and not calls and not turn.text.strip():
@@ -118,6 +122,13 @@ def _read_turn(message, label: str) -> Turn:
     if role != "assistant" and calls:
         raise BadRecord("", f"{label} of role {role!r} has tool_calls; only assistant turns can")
     return turn
+
+
+def _without_end_spaces(turn: Turn) -> Turn:
+    """mistral-common drops spaces at the end of an answer; chat templates do not, and are to give the same ids."""
+    if not turn.parts or turn.parts[-1]["type"] != "text":
+        return turn
+    return replace(turn, parts=(*turn.parts[:-1], text_part(turn.parts[-1]["text"].rstrip(" "))))
 
 
 def _read_part(part, label: str) -> dict:
@@ -149,7 +160,11 @@ def _read_call(call, label: str) -> dict:
             raise BadRecord("", f"{label}: the arguments of {function['name']} are no JSON ({error})") from error
     # one spelling: tokenizers that parse arguments and templates that copy them then give the same ids
     text = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-    return {"id": call.get("id"), "type": "function", "function": {"name": function["name"], "arguments": text}}
+    return {
+        "id": _name(call, "id", label),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": text},
+    }
 
 
 def _with_call_ids(turns: list[Turn]) -> list[Turn]:
@@ -179,7 +194,7 @@ def _read_tools(tools) -> tuple[dict, ...]:
             tools = json.loads(tools)
         except ValueError as error:
             raise BadRecord("", f"tools are no JSON ({error})") from error
-    return tuple(_read_tool(tool) for tool in tools or ())
+    return tuple(_read_tool(tool) for tool in _list(tools, "tools"))
 
 
 def _read_tool(tool) -> dict:
@@ -194,6 +209,19 @@ def _read_tool(tool) -> dict:
             "parameters": function.get("parameters") or {},
         },
     }
+
+
+def _list(value, label: str) -> list | tuple:
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise BadRecord("", f"{label} is {_shown(value)}; it must be a list")
+    return value or ()
+
+
+def _name(fields: dict, key: str, label: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, str):
+        raise BadRecord("", f"{label}: {key} is {_shown(value)}; it must be text")
+    return value
 
 
 def _shown(value) -> str:

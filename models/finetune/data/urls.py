@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import time
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
@@ -71,7 +72,7 @@ def _request(url: str, max_bytes: int, timeout_s: float) -> tuple[int, str | Non
         response = pool.request("GET", target, headers=headers, redirect=False, retries=False, preload_content=False)
         if response.status != 200:
             return response.status, response.headers.get("Location"), b""
-        return 200, None, _read(response, url, max_bytes)
+        return 200, None, _read(response, url, max_bytes, timeout_s)
     except (urllib3.exceptions.HTTPError, OSError) as error:
         raise BadRecord("", f"{url} cannot be read ({error})") from error
     finally:
@@ -88,10 +89,13 @@ def _pool(scheme: str, address: str, port: int, hostname: str, timeout_s: float)
     )
 
 
-def _read(response, url: str, max_bytes: int) -> bytes:
-    body = bytearray()
+def _read(response, url: str, max_bytes: int, timeout_s: float) -> bytes:
+    body, deadline = bytearray(), time.monotonic() + timeout_s
     for chunk in response.stream(_CHUNK, decode_content=True):
         body += chunk
         if len(body) > max_bytes:
             raise BadRecord("", f"{url} holds more than {max_bytes} bytes")
+        # the socket's own timeout starts again with each byte
+        if time.monotonic() > deadline:
+            raise BadRecord("", f"{url} takes longer than {timeout_s} s")
     return bytes(body)
