@@ -154,5 +154,7 @@ class Watch:
                 file.write(f"rank {self.rank}, in {self._doing}\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
-            time.sleep(min(LEFT_TO_OTHERS_S, self.seconds))
-            os._exit(1)
+            # left by an exception meanwhile: that is how the process ends
+            if not self._stop.wait(min(LEFT_TO_OTHERS_S, self.seconds)):
+                os._exit(1)
+            return
