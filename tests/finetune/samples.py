@@ -1,14 +1,12 @@
 """Small JSONL files of conversations: good ones with and without an image, and bad ones of every kind."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 WORDS = "tea bun pie soup rice cake milk fish".split()
-# letter of write(): the place of a broken image's file, or None
 KINDS = ("image", "text", "corrupt image", "missing file", "empty answer")
 
 
@@ -35,7 +33,3 @@ def _row(path: Path, i: int, kind: str, rng: np.random.Generator) -> dict:
     question = f"{'<image>' if shows else ''}What is it, number {i}?"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **({"image": name} if shows else {})}
-
-
-def conversations(path: Path) -> Iterator[dict]:
-    yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())

@@ -7,7 +7,9 @@ import runs
 import samples
 from pool import run
 
+from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.plan import Plan
+from m3kernels.models.finetune.data.sources import open_source
 from models import FP64, assert_same
 
 # (samples of the set, whose order is kept; samples a step): one image among texts, and places that stay empty
@@ -50,9 +52,6 @@ def test_uneven_ranks_train_as_one_process_does(checkpoint, tmp_path, monkeypatc
 
 def test_the_sets_are_as_uneven_as_they_say(checkpoint, tmp_path):
     """Of two and four ranks one has the only image, and of four one has nothing where there are three samples."""
-    from m3kernels.models.finetune.data.encode import Encoder
-    from m3kernels.models.finetune.data.sources import open_source
-
     for rows, batch in SETS.values():
         path = samples.write(tmp_path / "train.jsonl", rows)
         made = runs.config(checkpoint, tmp_path, f"dataset.type=local dataset.train_data_path={path}")
