@@ -110,3 +110,14 @@ def test_a_sample_that_is_too_long_is_refused():
         share_out([3, 9], ranks=1, capacity=8)
     with pytest.raises(ValueError, match="either capacity"):
         share_out([3], ranks=1)
+
+
+def test_the_better_of_both_ways_is_taken():
+    """Two rounds on two ranks: (9, 9) then (4, 1) waits for 13 tokens, best fit's (9, 9) then (5) for 14."""
+    lengths = [9, 9, 4, 1]
+    assert narrowest(lengths, 4, 12) == [(0,), (1,), (2, 3)]
+    assert waited_for(lengths, share_out(lengths, ranks=2, capacity=12)) == 13
+
+
+def test_the_fullest_of_a_round_goes_to_the_rank_with_the_fewest_tokens():
+    assert share_out([10, 7, 6, 5], ranks=2, capacity=10) == (((0,), (3,)), ((1,), (2,)))
