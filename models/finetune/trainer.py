@@ -58,6 +58,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         choose_recompute(built.model, config, tp, process.size // tp, gpu)
         if built.fused is not None:
             say(built.fused)
+        say(f"optimizer: {config.optimizer.name}, {getattr(built.optimizer, 'backend', 'bitsandbytes')}")
         run = Run(config, process, where, data, built)
         stack.callback(run.close)
         run.resume()
