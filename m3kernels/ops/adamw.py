@@ -15,9 +15,9 @@ fp32 master and bf16 copy, 22 for a bf16 parameter; the 3.43e9 of the 3B are 32 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -120,10 +120,10 @@ def _fixed(rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def _launch_kind(
+def _launch_of(
     tensors: list[tuple], numbers: list[tuple[int, float]], factor: Tensor | None, settings: tuple
-) -> None:
-    """One launch: parameters, gradients and copies of one dtype each."""
+) -> Callable[[], None]:
+    """One launch, to be made: parameters, gradients and copies of one dtype each."""
     parameter, gradient, _, _, copy = tensors[0]
     device = parameter.device
     rows, addresses = [], []
@@ -132,20 +132,22 @@ def _launch_kind(
         addresses.append(g.data_ptr())
     sizes, chunks = chunks_of(tuple(p.numel() for p, *_ in tensors), CONFIG.chunk, device)
     gradients, decays = upload(addresses, [decay for _, decay in numbers], device)
-    launch(
-        "adamw",
-        adamw_kernel,
-        (len(chunks),),
-        *(_fixed(tuple(rows), device), gradients, decays, sizes, chunks, decays if factor is None else factor),
-        *settings,
-        PARAMETER=TYPES[parameter.dtype],
-        GRADIENT=TYPES[gradient.dtype],
-        COPY=None if copy is None else TYPES[copy.dtype],
-        CLIPS=factor is not None,
-        CHUNK=CONFIG.chunk,
-        LANES=LANES,
-        num_warps=CONFIG.warps,
-    )
+    args = (_fixed(tuple(rows), device), gradients, decays, sizes, chunks, decays if factor is None else factor)
+    meta = {
+        "PARAMETER": TYPES[parameter.dtype],
+        "GRADIENT": TYPES[gradient.dtype],
+        "COPY": None if copy is None else TYPES[copy.dtype],
+        "CLIPS": factor is not None,
+        "CHUNK": CONFIG.chunk,
+        "LANES": LANES,
+        "num_warps": CONFIG.warps,
+    }
+
+    # a table of addresses keeps no memory: the call holds the tensors
+    def run(held: list[tuple] = tensors) -> None:
+        launch("adamw", adamw_kernel, (len(chunks),), *args, *settings, **meta)
+
+    return run
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -246,7 +248,8 @@ def adamw(
     seed: int | None = None,
     numbers: Sequence[int] | None = None,
     backend: str = "auto",
-) -> None:
+    later: bool = False,
+) -> Callable[[], None] | None:
     """One step of AdamW in place, decoupled weight decay included; one launch for each combination of dtypes.
 
     Args:
@@ -260,6 +263,8 @@ def adamw(
         seed, numbers: of the random bits of bf16 parameters, with ``step``: one for all, and one a parameter (by default its
             place); the same three give the same bits.
         backend: "auto", "triton" or "reference".
+        later: check and make the tables now, a millisecond for four hundred tensors, and return a call that does the rest: what
+            waits for the GPU in between has them already. Tensors may change until then, but not move.
 
     Raises:
         ValueError: lists of different lengths, shapes that differ, tensors that are not contiguous, mixed devices, bf16
@@ -274,28 +279,33 @@ def adamw(
         raise ValueError(f"adamw: all lists must be as long as parameters ({count}), got {[len(x) for x in lists]}")
     if step < 1:
         raise ValueError(f"adamw: step counts from 1, got {step}")
-    if not count:
-        return
     tensors = list(zip(parameters, gradients, exp_avgs, exp_avg_sqs, copies))
     given = [t for row in tensors for t in row if t is not None]
-    fused = use_triton("adamw", backend, *given, *(() if factor is None else (factor,)))
+    fused = bool(given) and use_triton("adamw", backend, *given, *(() if factor is None else (factor,)))
     kinds: dict[tuple, list[int]] = {}
     for i, row in enumerate(tensors):
         _check(row, seed)
         if row[0].numel():
             p, g, _, _, copy = row
             kinds.setdefault((p.dtype, g.dtype, None if copy is None else copy.dtype), []).append(i)
-    if not fused:
+    if fused:
+        if factor is not None and (factor.dtype != torch.float32 or factor.dim()):
+            raise ValueError(f"adamw: factor must be 0-dim fp32, got {tuple(factor.shape)} {factor.dtype}")
+        settings, calls = _settings(lr, betas, eps, step, seed), []
+        for rows in kinds.values():
+            # transposed gradients are copied: a table of addresses has no strides
+            chosen = [(t[0], t[1].contiguous(), *t[2:]) for t in (tensors[i] for i in rows)]
+            calls.append(_launch_of(chosen, [(numbers[i], 1 - lr * weight_decay[i]) for i in rows], factor, settings))
+    else:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step}
-        adamw_reference(*lists[:5], **options, factor=factor, seed=seed, numbers=numbers)
-        return
-    if factor is not None and (factor.dtype != torch.float32 or factor.dim()):
-        raise ValueError(f"adamw: factor must be 0-dim fp32, got {tuple(factor.shape)} {factor.dtype}")
-    settings = _settings(lr, betas, eps, step, seed)
-    for rows in kinds.values():
-        # transposed gradients are copied: a table of addresses has no strides
-        chosen = [(t[0], t[1].contiguous(), *t[2:]) for t in (tensors[i] for i in rows)]
-        _launch_kind(chosen, [(numbers[i], 1 - lr * weight_decay[i]) for i in rows], factor, settings)
+        calls = [partial(adamw_reference, *lists[:5], **options, factor=factor, seed=seed, numbers=numbers)]
+    run = partial(_run_all, calls)
+    return run if later else run()
+
+
+def _run_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def _check(row: tuple, seed: int | None) -> None:

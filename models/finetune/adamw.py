@@ -1,6 +1,6 @@
 """AdamW of plain parameters or DTensors by the fused op, and the norm of their gradients over all ranks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     squares = [norm.double().square() for norm in norms]
     for mesh in dict.fromkeys(mesh for mesh, _ in alike if mesh is not None):
         for dim in range(mesh.ndim):
-            which = [i for i, (other, split) in enumerate(alike) if other is mesh and dim in split]
+            which = [i for i, (other, split) in enumerate(alike) if other == mesh and dim in split]
             if which and mesh.size(dim) > 1:
                 part = torch.stack([squares[i] for i in which])
                 dist.all_reduce(part, group=mesh.get_group(dim))
@@ -88,44 +88,54 @@ class FusedAdamW(torch.optim.Optimizer):
         why_not = why_no_triton(p.device.type) or ("" if p.dtype in TRITON_DTYPES else f"{p.dtype}")
         return f"reference ({why_not})" if why_not else "triton"
 
-    @torch.no_grad()
     def step(self, *, factor: Tensor | None = None) -> None:
         """Steps parameters that have gradients.
 
         Args:
             factor: 0-dim, of the parameters' device: gradients are multiplied with it, and left as they are.
         """
+        self.ready(factor=factor)()
+
+    @torch.no_grad()
+    def ready(self, *, factor: Tensor | None = None) -> Callable[[], None]:
+        """As ``step``, when what it returns is called. The GPU finds its tables made then: what they take on the host can be
+        over before it is known whether to step."""
         rows = [(p, group) for group in self.param_groups for p in group["params"]]
         numbered = [(number, p, group) for number, (p, group) in enumerate(rows) if p.grad is not None]
-        if not numbered:
-            return
         steps = [self.state[p]["step"] for _, p, _ in numbered]
-        torch._foreach_add_(steps, 1)
         # one call for all in a run of ours: learning rate and steps taken are the same
         alike: dict[tuple, list[tuple]] = {}
-        for row, taken in zip(numbered, torch.stack(steps).tolist()):
+        for row, taken in zip(numbered, torch.stack(steps).tolist() if steps else ()):
             group = row[2]
             alike.setdefault((int(taken), group["lr"], group["betas"], group["eps"]), []).append(row)
-        for (taken, lr, betas, eps), chosen in alike.items():
-            self._step(chosen, taken, lr, betas, eps, factor)
+        calls = [self._update(chosen, *key, factor) for key, chosen in alike.items()]
 
-    def _step(self, rows: Sequence[tuple], taken: int, lr: float, betas: tuple, eps: float, factor) -> None:
+        def take() -> None:
+            for call in calls:
+                call()
+            if steps:
+                torch._foreach_add_(steps, 1)
+
+        return take
+
+    def _update(self, rows: Sequence[tuple], taken: int, lr: float, betas: tuple, eps: float, factor) -> Callable:
         states = [self.state[p] for _, p, _ in rows]
         copies = [self.copies.get(p) for _, p, _ in rows]
-        adamw(
-            [local(p).detach() for _, p, _ in rows],
+        return adamw(
+            [local(p) for _, p, _ in rows],
             [local_gradient(p) for _, p, _ in rows],
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
-            [None if copy is None else local(copy).detach() for copy in copies],
+            [None if copy is None else local(copy) for copy in copies],
             lr=lr,
             betas=betas,
             eps=eps,
             weight_decay=[group["weight_decay"] for _, _, group in rows],
-            step=taken,
+            step=taken + 1,
             factor=factor,
             seed=self.seed,
             numbers=[number for number, _, _ in rows],
+            later=True,
         )
 
     @torch.no_grad()

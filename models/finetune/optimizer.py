@@ -5,8 +5,9 @@ each beside a master of its own. That master's gradient is the bf16 one of the f
 one forward; from the second backward on it is their sum in fp32.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,16 +110,27 @@ def make_optimizer(trained: Trained, config: OptimizerConfig, *, seed: int) -> t
 
 
 @torch.no_grad()
-def take_step(trained: Trained, optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
-    """Clips gradients of that norm to ``max_norm`` (0: not), steps the masters, writes their copies, drops the gradients."""
+def ready_step(trained: Trained, optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> Callable[[], None]:
+    """What clips gradients of that norm to ``max_norm`` (0: not), steps the masters, writes their copies, drops the gradients.
+
+    To be called, or not, once it is known that ``norm`` is finite; the optimizer's tables are made before.
+    """
     if isinstance(optimizer, FusedAdamW):
-        optimizer.step(factor=(max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None)
+        update = optimizer.ready(factor=(max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None)
+    else:
+        update = partial(_clip_and_step, trained, optimizer, norm, max_norm)
+
+    def take() -> None:
+        update()
         trained.zero_grad()
-        return
+
+    return take
+
+
+def _clip_and_step(trained: Trained, optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(trained.masters.values(), max_norm, norm)
     optimizer.step()
-    trained.zero_grad()
     trained.write_back()
 
 

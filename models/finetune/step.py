@@ -11,7 +11,7 @@ import torch.distributed as dist
 from m3kernels.models.finetune.build import Built
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
-from m3kernels.models.finetune.optimizer import set_learning_rate, take_step
+from m3kernels.models.finetune.optimizer import ready_step, set_learning_rate
 from m3kernels.models.finetune.schedule import learning_rate
 
 
@@ -88,14 +88,15 @@ def run_step(
         total += loss.detach()
     trained.fill_gradients()
     total_norm = trained.gradient_norm()
+    set_learning_rate(optimizer, learning_rate(config, step))
+    take_step = ready_step(trained, optimizer, total_norm, config.optimizer.clip_grad)
     loss, norm = torch.stack([total, total_norm.to(total)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         trained.zero_grad()
         if config.train.on_nonfinite == "stop":
             raise FinetuneError(nonfinite(built, batch, step, loss, norm))
         return StepResult(loss, norm, stepped=False)
-    set_learning_rate(optimizer, learning_rate(config, step))
-    take_step(trained, optimizer, total_norm, config.optimizer.clip_grad)
+    take_step()
     return StepResult(loss, norm, stepped=True)
 
 

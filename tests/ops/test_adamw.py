@@ -218,6 +218,18 @@ def test_elements_beyond_two_to_the_31st():
     torch.testing.assert_close(one[0][0], expected[0], rtol=0, atol=0)
 
 
+def test_later_nothing_is_checked_and_the_tensors_are_held():
+    made, expected = state(), steps(adamw, state(), count=1)
+    parameters, *moments, _ = made
+    options = {**OPTIONS, "step": 1, "weight_decay": [0.1 if p.dim() > 1 else 0.0 for p in parameters]}
+    run = adamw(parameters, draw(BF16, seed=1), *moments, **options, later=True)
+    assert all(torch.equal(p, before) for p, before in zip(parameters, draw()))
+    # were the gradients' memory given back, these would lie in it
+    others = draw(BF16, seed=2)
+    run()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, expected)) and others
+
+
 def test_the_table_of_chunks():
     sizes, chunks = module.chunks_of((5000, 0, 4096, 3_000_000_000), 4096, torch.device("cpu"))
     assert sizes.tolist() == [5000, 0, 4096, 3_000_000_000]
