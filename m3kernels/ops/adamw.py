@@ -263,8 +263,11 @@ def adamw(
         seed, numbers: of the random bits of bf16 parameters, with ``step``: one for all, and one a parameter (by default its
             place); the same three give the same bits.
         backend: "auto", "triton" or "reference".
-        later: check and make the tables now, a millisecond for four hundred tensors, and return a call that does the rest: what
-            waits for the GPU in between has them already. Tensors may change until then, but not move.
+        later: check and make the tables now, some milliseconds of the host for four hundred tensors, and return a call that
+            launches. Until then numbers may change, but no tensor may be moved or be given other memory.
+
+    Returns:
+        None; with ``later`` what does the step.
 
     Raises:
         ValueError: lists of different lengths, shapes that differ, tensors that are not contiguous, mixed devices, bf16
@@ -319,8 +322,10 @@ def _check(row: tuple, seed: int | None) -> None:
             "adamw: parameters are fp32, bf16 or fp64, moments fp32 (fp64 beside fp64), and copies belong to fp32 "
             f"parameters; got parameter, gradient, moments, copy in {kinds}"
         )
-    if not (g.shape == m.shape == v.shape == p.shape) or (copy is not None and copy.shape != p.shape):
+    shape = p.shape
+    if g.shape != shape or m.shape != shape or v.shape != shape or (copy is not None and copy.shape != shape):
         shapes = ", ".join("none" if t is None else str(tuple(t.shape)) for t in row)
         raise ValueError(f"adamw: parameter, gradient, moments and copy must have one shape, got {shapes}")
-    if not all(t is None or t.is_contiguous() for t in (p, m, v, copy)):
-        raise ValueError(f"adamw: parameter {tuple(p.shape)}, its moments and copy must be contiguous")
+    contiguous = p.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+    if not contiguous or (copy is not None and not copy.is_contiguous()):
+        raise ValueError(f"adamw: parameter {tuple(shape)}, its moments and copy must be contiguous")

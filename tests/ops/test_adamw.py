@@ -218,7 +218,7 @@ def test_elements_beyond_two_to_the_31st():
     torch.testing.assert_close(one[0][0], expected[0], rtol=0, atol=0)
 
 
-def test_later_nothing_is_checked_and_the_tensors_are_held():
+def test_later_the_tables_are_made_and_the_tensors_are_held():
     made, expected = state(), steps(adamw, state(), count=1)
     parameters, *moments, _ = made
     options = {**OPTIONS, "step": 1, "weight_decay": [0.1 if p.dim() > 1 else 0.0 for p in parameters]}
