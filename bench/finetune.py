@@ -143,6 +143,7 @@ def trainer(job: Job) -> tuple[list[float], list[float]]:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            remove_unused_columns=False,  # by the forward's signature, which Liger's part replaces
             disable_tqdm=True,
         )
         with become(model, (liger,) if job.peer == LIGER else ()):

@@ -30,7 +30,7 @@ RECORD = "run.json"
 STEP = re.compile(r"step-(\d+)")
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(FinetuneError):
     """A checkpoint could not be written; the one before it is whole. On every rank."""
 
 
@@ -61,7 +61,7 @@ def together(function: Callable[[], object], what: str, *, everywhere: bool) -> 
             result = function()
         # DCP's is no Exception, and may wrap a KeyboardInterrupt of its writer
         except (Exception, CheckpointException) as raised:
-            error = f"rank {dist.get_rank()}: {_root(raised)}"
+            error = _told(raised)
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     if said := [e for e in errors if e]:
@@ -76,12 +76,13 @@ def from_first(function: Callable[[], object]) -> object:
     return found[0]
 
 
-def _root(error: BaseException) -> str:
-    """What DCP wraps: the first rank's own exception."""
+def _told(error: BaseException) -> str:
+    """Which rank failed, and of what: DCP raises the first one's exception on all."""
+    rank = dist.get_rank()
     failures = getattr(error, "failures", None)
     if failures:
-        error = next(iter(failures.values()))[0]
-    return f"{type(error).__name__}: {error}"
+        rank, (error, _) = next(iter(failures.items()))
+    return f"rank {rank}: {type(error).__name__}: {error}"
 
 
 class Checkpointer:

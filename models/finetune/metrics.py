@@ -22,14 +22,21 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, written out at once: a killed run keeps all of them."""
+    """One JSON object a line, written out at once: a killed run keeps all of them. A full disk costs lines, not the run."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8")
+        # unbuffered: nothing is left that a failed write would try again
+        self.file = open(path, "ab", buffering=0)
+        self._broken = path.read_bytes()[-1:] not in (b"", b"\n")
 
     def write(self, step: int, values: Mapping) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        # what a kill or a full disk cut off stays a line of its own
+        line = b"\n" + line if self._broken else line
+        try:
+            self._broken = self.file.write(line) != len(line)
+        except OSError as error:
+            print(f"WARNING: {self.file.name} lacks a line of step {step}: {error}", file=sys.stderr)
 
     def close(self) -> None:
         self.file.close()

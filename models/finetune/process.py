@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -14,6 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+# launchers such as srun and torchrun both pass a SIGTERM on: a second one so soon is the same
+REPEATED_S = 5.0
+# what a rank that ends the run gives the others to write their stacks: a lost connection ends them
+LEFT_TO_OTHERS_S = 5.0
+# collectives wait longer than the watch, whose message says more
+BEYOND_WATCH_S = 20.0
+# of gloo's threads that a reference keeps alive: until they are idle
+THREADS_REST_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
         return
     device = _device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    timeout = datetime.timedelta(minutes=timeout_minutes, seconds=BEYOND_WATCH_S)
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"m3kernels-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -52,7 +62,18 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
     try:
         yield Process(rank, size, device)
     finally:
-        dist.destroy_process_group()
+        _end_group()
+
+
+def _end_group() -> None:
+    """Destroys the groups and gives gloo's threads the time to let go of the last tensors.
+
+    One that frees a tensor of Python's while the interpreter ends aborts the process: "terminate called without an active
+    exception", exit code -6, after a run that went well. Groups that nothing refers to any more join their threads.
+    """
+    dist.destroy_process_group()
+    gc.collect()
+    time.sleep(THREADS_REST_S)
 
 
 def _device() -> torch.device:
@@ -70,6 +91,7 @@ class StopSignals:
 
     def __init__(self):
         self.received: str | None = None
+        self._at = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -83,9 +105,16 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        print(f"{self.received}: saving after this step, then exiting; once more exits at once", file=sys.stderr)
+        if self.received is None:
+            self.received, self._at = signal.Signals(number).name, time.monotonic()
+            # no handler of Python's would run while a collective waits for ever
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            # print could be what was interrupted
+            with contextlib.suppress(OSError):
+                os.write(2, f"{self.received}: saving, then exiting; once more exits at once\n".encode())
+        elif time.monotonic() - self._at > REPEATED_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 class Watch:
@@ -127,4 +156,5 @@ class Watch:
                 file.write(f"rank {self.rank}, in {self._doing}\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
+            time.sleep(min(LEFT_TO_OTHERS_S, self.seconds))
             os._exit(1)

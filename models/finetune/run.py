@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,66 +17,21 @@ from m3kernels.models.finetune import metrics
 from m3kernels.models.finetune.build import Built, weights_fingerprint
 from m3kernels.models.finetune.checkpoint import Checkpointer, CheckpointFailed, read_record
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
-from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.loader import step_batches
-from m3kernels.models.finetune.data.plan import BadRecords, Plan, StepBatch
+from m3kernels.models.finetune.data.plan import BadRecords, StepBatch
 from m3kernels.models.finetune.estimate import flops_a_token, peak_flops
 from m3kernels.models.finetune.evaluate import answer, evaluate
 from m3kernels.models.finetune.optimizer import set_step
 from m3kernels.models.finetune.process import Process, StopSignals, Watch
+from m3kernels.models.finetune.progress import Data, Progress, Result, git_commit, versions
 from m3kernels.models.finetune.resolve import Folders, changes
 from m3kernels.models.finetune.results import export
 from m3kernels.models.finetune.schedule import learning_rate
-from m3kernels.models.finetune.step import Shared, StepResult, run_step, share
+from m3kernels.models.finetune.step import NonFinite, Shared, StepResult, run_step, share
 from m3kernels.models.float64 import float64_islands
 
-PACKAGES = ("m3kernels", "torch", "triton", "transformers", "mistral-common", "datasets")
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Data:
-    """Attributes: plans of training and of validation (None without a validation set), and what encodes them."""
-
-    train: Plan
-    valid: Plan | None
-    encoder: Encoder
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves.
-
-    Attributes:
-        folder: of metrics.jsonl, loss.png and what was exported.
-        step: how many steps are over; less than ``train_iters`` where a signal or the time ended it.
-        loss: of the last step; NaN where there was none.
-        exported: folders in Hugging Face's or PEFT's format, by kind.
-    """
-
-    folder: Path
-    step: int
-    loss: float
-    exported: dict[str, Path]
-
-
-@dataclass
-class Progress:
-    """Where a run stands, as its checkpoints have it.
-
-    Attributes:
-        step: how many steps are over, skipped ones included.
-        optimizer_steps: how many were taken.
-        best: {"step", "loss"} of the best validation, empty without one.
-        tokens, read, bad: how many tokens were seen, records looked at, and records replaced.
-    """
-
-    step: int = 0
-    optimizer_steps: int = 0
-    best: dict = field(default_factory=dict)
-    tokens: int = 0
-    read: int = 0
-    bad: int = 0
+T = TypeVar("T")
 
 
 class Run:
@@ -94,6 +48,10 @@ class Run:
         self.sinks: list[metrics.Sink] = []
         self.console: metrics.Console | None = None
         self.tp = config.model.tensor_model_parallel_size
+        self.signals: StopSignals | None = None
+        self.watch: Watch | None = None
+        self.stopping = False  # all ranks know
+        self.resumed_from: Path | None = None
         where.run.mkdir(parents=True, exist_ok=True)
         self.stack_file = where.run / f"stack-rank-{process.rank}.txt"
         self.flops = flops_a_token(built.model, config)
@@ -143,6 +101,7 @@ class Run:
         same_ranks = checkpoints.load(latest, self.tensors())
         self.built.trained.write_back()
         self.progress = Progress(**{key: record[key] for key in asdict(self.progress)})
+        self.resumed_from = latest
         set_step(self.built.optimizer, self.progress.optimizer_steps)
         self.checkpoints.best_step = self.progress.best.get("step")
         self.say(f"resumed from {latest}, step {self.progress.step}")
@@ -171,51 +130,89 @@ class Run:
     # steps
 
     def steps(self, signals: StopSignals, watch: Watch) -> float:
-        """Trains to the end or until it is asked to stop; returns the last loss."""
+        """Trains to the end or until it is asked to stop; returns the last loss.
+
+        Raises:
+            FinetuneError: a step, the data or the last checkpoint failed; on every rank, but where memory ran out.
+        """
         self._open_sinks()
-        train, progress, loss = self.config.train, self.progress, math.nan
-        layout = self.built.model.layout
-        ranks = self.process.size // self.tp
+        self.signals, self.watch = signals, watch
+        layout, iters, loss = self.built.model.layout, self.config.train.train_iters, math.nan
         rank = 0 if layout.batch_group is None else layout.batch_group.rank()
-        options = {"rank": rank, "ranks": ranks, "num_workers": self.config.dataset.num_workers}
-        batches = step_batches(self.data.train, progress.step, train.train_iters, **options)
-        while progress.step < train.train_iters:
-            began = time.perf_counter()
-            watch.beat(f"waiting for the data of step {progress.step + 1}")
-            batch = next(batches)
-            waited = time.perf_counter() - began
-            shared = share(self.built, batch, self._wants_to_stop(signals), self.checkpoints.poll())
-            if shared.written:
-                self._save_failed(self.checkpoints.wait)
-            self._count_bad(batch, shared)
-            with self._precision():
-                result = run_step(self.built, batch, shared, self.config, progress.step, watch.beat)
-            loss = result.loss
-            progress.step += 1
-            progress.optimizer_steps += result.stepped
-            progress.tokens += shared.tokens
-            self._tell(result, shared, time.perf_counter() - began, waited)
-            skipped = progress.step - progress.optimizer_steps
-            if skipped > train.max_skipped:
-                raise FinetuneError(
-                    f"{skipped} steps were skipped for NaN or Inf; train.max_skipped is {train.max_skipped}"
-                )
-            self._after_step(watch, shared.stop)
-            if shared.stop:
-                why = signals.received or "another rank, or train.exit_duration_in_mins"
-                self.say(f"stopped by {why} after step {progress.step}; start again to go on")
-                break
-        batches.close()
+        options = {"rank": rank, "ranks": self.process.size // self.tp, "num_workers": self.config.dataset.num_workers}
+        with closing(step_batches(self.data.train, self.progress.step, iters, **options)) as batches:
+            while self.progress.step < iters and not self.stopping:
+                loss = self._step(batches, loss)
         watch.beat("the end of the last checkpoint")
         self.checkpoints.wait()
+        if self.stopping and self.progress.step < iters:
+            why = signals.received or "another rank, or train.exit_duration_in_mins"
+            self.say(f"stopped by {why} after step {self.progress.step}; start again to go on")
         return loss
+
+    def _step(self, batches: Iterator[StepBatch], loss: float) -> float:
+        """One step and what comes after it; only a checkpoint where ranks were asked to stop. ``loss``: of the one before."""
+        progress, began = self.progress, time.perf_counter()
+        self.watch.beat(f"waiting for the data of step {progress.step + 1}")
+        batch, shared = self._next(batches)
+        waited = time.perf_counter() - began
+        if shared.written:
+            self._tolerated(self.checkpoints.wait)
+        if shared.stop:
+            # the batch is seen by the run that goes on: launchers kill soon after their SIGTERM
+            self.stopping = True
+            if progress.step:
+                self._save(must=True)
+            return loss
+        self._count_bad(batch, shared)
+        try:
+            with self._precision():
+                result = run_step(self.built, batch, shared, self.config, progress.step, self.watch.beat)
+        except NonFinite as error:
+            raise FinetuneError(f"{error}. {self._last_checkpoint()}") from error
+        progress.step += 1
+        progress.optimizer_steps += result.stepped
+        progress.tokens += shared.tokens
+        self._tell(result, shared, time.perf_counter() - began, waited)
+        skipped, most = progress.step - progress.optimizer_steps, self.config.train.max_skipped
+        if not result.stepped and skipped > most:
+            raise FinetuneError(
+                f"{skipped} steps were skipped for NaN or Inf; train.max_skipped is {most}. {self._last_checkpoint()}"
+            )
+        self._after_step()
+        return result.loss
+
+    def _next(self, batches: Iterator[StepBatch]) -> tuple[StepBatch, Shared]:
+        """The next batch, and what ranks say about theirs; raises on all of them where one could not make its own."""
+        batch, error = None, None
+        try:
+            batch = next(batches)
+        except (FinetuneError, RuntimeError) as raised:
+            error = raised
+        self.watch.beat(f"what the other ranks say before step {self.progress.step + 1}")
+        shared = share(self.built, batch, self._wants_to_stop(), self.checkpoints.poll())
+        if shared.failed:
+            said = [None] * self.process.size
+            dist.all_gather_object(said, error and f"rank {self.process.rank}: {error}")
+            raise FinetuneError(next(text for text in said if text)) from error
+        return batch, shared
 
     def _precision(self):
         return float64_islands() if self.config.train.precision == "fp64" else nullcontext()
 
-    def _wants_to_stop(self, signals: StopSignals) -> bool:
+    def _wants_to_stop(self) -> bool:
         minutes = self.config.train.exit_duration_in_mins
-        return bool(signals.received) or bool(minutes and time.monotonic() - self.began > 60 * minutes)
+        return bool(self.signals.received) or bool(minutes and time.monotonic() - self.began > 60 * minutes)
+
+    def _until_stop(self, items: Iterable[T]) -> Iterator[T]:
+        """Equally many ``items`` on every rank, until one is asked to stop: all then end together."""
+        for item in items:
+            wish = torch.tensor(self._wants_to_stop(), dtype=torch.int32)
+            dist.all_reduce(wish)
+            if self.stopping or wish:
+                self.stopping = True
+                return
+            yield item
 
     def _count_bad(self, batch: StepBatch, shared: Shared) -> None:
         """Adds up replaced records over all ranks; raises where they are too many of those read."""
@@ -232,49 +229,66 @@ class Run:
         bad = BadRecords(self.progress.read, self.progress.bad, self.reasons)
         bad.raise_if_over(self.config.dataset.max_bad_share)
 
-    def _after_step(self, watch: Watch, stopping: bool) -> None:
+    def _after_step(self) -> None:
         """Evaluates and saves where it is time to."""
         step, last = self.progress.step, self.progress.step == self.config.train.train_iters
         every, interval = self.config.validation.eval_interval, self.config.checkpoint.save_interval
         better = False
-        if self.data.valid is not None and every and (step % every == 0 or last) and not (stopping and not last):
-            better = self._evaluate(watch)
-        if last or stopping or better or (interval and step % interval == 0):
-            watch.beat(f"the checkpoint of step {step}")
-            save = lambda: self.checkpoints.save(step, self.tensors(), self.record())
+        if self.data.valid is not None and every and (step % every == 0 or last):
+            better = self._evaluate()
+        if last or self.stopping or better or (interval and step % interval == 0):
             # what ends the run is lost with it; before that the training can go on
-            save() if last or stopping else self._save_failed(save)
+            self._save(must=last or self.stopping)
 
-    def _save_failed(self, save) -> None:
+    def _save(self, *, must: bool) -> None:
+        """Writes a checkpoint; one that fails ends the run only where it ``must`` be written."""
+        self.watch.beat(f"the checkpoint of step {self.progress.step}")
+        # that an earlier one failed is no reason not to write this one
+        self._tolerated(self.checkpoints.wait)
+
+        def save() -> None:
+            self.checkpoints.save(self.progress.step, self.tensors(), self.record())
+
+        save() if must else self._tolerated(save)
+
+    def _tolerated(self, save: Callable[[], None]) -> None:
         try:
             save()
         except CheckpointFailed as error:
             self.say(f"WARNING: {error}. The training goes on; make room before step {self.config.train.train_iters}")
             self._write({"checkpoint_failed": str(error)})
 
-    def _evaluate(self, watch: Watch) -> bool:
+    def _last_checkpoint(self) -> str:
+        """What a run that ends here can go on from; all ranks ask."""
+        self._tolerated(self.checkpoints.wait)
+        last = self.checkpoints.latest() or self.resumed_from
+        return f"The last checkpoint is {last}" if last else "No checkpoint was written yet"
+
+    def _evaluate(self) -> bool:
         """Whether this was the best validation loss so far."""
         layout, validation = self.built.model.layout, self.config.validation
         rank = 0 if layout.batch_group is None else layout.batch_group.rank()
         ranks = self.process.size // self.tp
-        batches = self.data.valid.eval_batches(validation.eval_iters, rank, ranks)
+        batches = self._until_stop(self.data.valid.eval_batches(validation.eval_iters, rank, ranks))
         with self._precision():
-            found = evaluate(self.built.model, batches, self.built.dtype, watch.beat)
+            found = evaluate(self.built.model, batches, self.built.dtype, self.watch.beat)
+        if self.stopping:
+            return False  # a part of the set says nothing
         self.say(
             f"step {self.progress.step}: validation loss {found.loss:.4f}, tokens right {found.accuracy:.1%}, "
             f"answers right {found.exact:.1%} of {found.samples}"
         )
         self._write({f"valid_{name}": value for name, value in asdict(found).items()})
-        self._show_answers(watch)
+        self._show_answers()
         better = math.isfinite(found.loss) and found.loss < self.progress.best.get("loss", math.inf)
         if better:
             self.progress.best = {"step": self.progress.step, "loss": found.loss}
             self.checkpoints.best_step = self.progress.step
         return better
 
-    def _show_answers(self, watch: Watch) -> None:
-        for prompt in self.data.valid.prompts(self.config.validation.generate_samples):
-            watch.beat(f"an answer to {prompt.where}")
+    def _show_answers(self) -> None:
+        for prompt in self._until_stop(self.data.valid.prompts(self.config.validation.generate_samples)):
+            self.watch.beat(f"an answer to {prompt.where}")
             model = self.built.model
             pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(model.device, self.built.dtype)
             ids = torch.tensor([prompt.tokens], device=model.device)
@@ -347,23 +361,3 @@ class Run:
             self.console = None
         while self.sinks:
             self.sinks.pop().close()
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """Of the working directory, where that is a repository."""
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() or None

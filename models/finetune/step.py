@@ -23,6 +23,7 @@ class Shared:
         supervised, tokens, capacity, read, bad: sums over all batches of the step.
         stop: whether a rank was asked to stop.
         written: whether every rank has written its part of an asynchronous checkpoint.
+        failed: whether a rank could not make its batch; the sums then say nothing.
     """
 
     supervised: int
@@ -32,6 +33,11 @@ class Shared:
     bad: int
     stop: bool
     written: bool
+    failed: bool
+
+
+class NonFinite(FinetuneError):
+    """A loss or a gradient that is NaN or Inf, before anything was changed; on every rank."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +49,31 @@ class StepResult:
     stepped: bool
 
 
-def share(built: Built, batch: StepBatch, stop: bool, written: bool) -> Shared:
+def share(built: Built, batch: StepBatch | None, stop: bool, written: bool) -> Shared:
     """Over all ranks; counts of batches once for each tensor-parallel group.
+
+    Args:
+        batch: None on a rank that could not make its own.
 
     Raises:
         FinetuneError: ranks read other data than each other.
     """
-    layout = built.model.layout
-    counts = torch.tensor([batch.supervised, batch.tokens, batch.capacity, batch.read, len(batch.bad)], device="cpu")
-    flags = torch.tensor([stop, not written, batch.agreed])
-    if layout.tp_group is not None and layout.tp_group.rank() > 0:
-        counts.zero_()
-    both = torch.cat([counts, flags])
+    counts, agreed = torch.zeros(5, dtype=torch.int64, device="cpu"), 0
+    if batch is not None:
+        agreed = batch.agreed
+        layout = built.model.layout
+        if layout.tp_group is None or layout.tp_group.rank() == 0:
+            counts += torch.tensor([batch.supervised, batch.tokens, batch.capacity, batch.read, len(batch.bad)])
+    both = torch.cat([counts, torch.tensor([stop, not written, batch is None, agreed])])
     if dist.get_world_size() > 1:
         dist.all_reduce(both)
-    *sums, stops, unwritten, agreed = both.tolist()
-    if agreed != batch.agreed * dist.get_world_size():
+    *sums, stops, unwritten, failed, all_agreed = both.tolist()
+    if not failed and all_agreed != agreed * dist.get_world_size():
         raise FinetuneError(
             f"step {batch.step + 1}: rank {dist.get_rank()} read other samples than another rank: the data must be the same "
             "files on every host"
         )
-    return Shared(*sums, stop=stops > 0, written=unwritten == 0)
+    return Shared(*sums, stop=stops > 0, written=unwritten == 0, failed=failed > 0)
 
 
 def run_step(
@@ -72,8 +82,8 @@ def run_step(
     """Forward, backward and update.
 
     Raises:
-        FinetuneError: loss or gradient that are NaN or Inf, with ``on_nonfinite=stop``; GPU memory that is too small.
-            Nothing was changed.
+        NonFinite: loss or gradient that are NaN or Inf, with ``on_nonfinite=stop``; on every rank, and nothing was changed.
+        FinetuneError: GPU memory that is too small, on the rank whose it is.
     """
     model, trained, optimizer = built.model, built.trained, built.optimizer
     supervised = max(shared.supervised, 1)
@@ -94,7 +104,7 @@ def run_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         trained.zero_grad()
         if config.train.on_nonfinite == "stop":
-            raise FinetuneError(nonfinite(built, batch, step, loss, norm))
+            raise NonFinite(nonfinite(built, batch, step, loss, norm))
         return StepResult(loss, norm, stepped=False)
     take_step()
     return StepResult(loss, norm, stepped=True)

@@ -6,6 +6,10 @@ With PEFT's casts and order (peft/tuners/lora/layer.py, variants.py, dora.py):
     DoRA    y = W x + (k - 1) W drop(x) + k s B A drop(x) + bias       k = m / |W + s B A| by rows, the norm a constant
 """
 
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +17,51 @@ from torch.distributed import ProcessGroup
 
 from m3kernels.models.ministral3.layers import Linear
 from m3kernels.ops import dora_norm
+from m3kernels.ops._lora_launch import MAX_RANK
 from m3kernels.parallel import all_reduce_sum, local
+
+if TYPE_CHECKING:
+    from m3kernels.models.ministral3.model import Ministral3
 
 # N outputs, K inputs, R rank: of this rank's part of a layer that tensor parallelism splits. A column layer (q, k, v, gate,
 # up) has some of N, a row layer (o, down) some of K: base and adapter are both a part of the sum that leaves it.
+
+
+class AdapterError(ValueError):
+    """Adapters that cannot be made, read or written as asked; nothing was changed. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapters are alike in.
+
+    Attributes:
+        rank: R of A (R, K) and B (N, R).
+        alpha: B A counts alpha / rank.
+        dropout: probability that an input of the adapters is dropped in training, a mask for each layer.
+        dora: with DoRA's magnitudes.
+        dtype: of the adapters; None is the base weight's. fp32 beside fp64 weights computes the adapters in fp32.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    dora: bool = False
+    dtype: torch.dtype | None = torch.float32
+
+    def __post_init__(self):
+        if not 1 <= self.rank <= MAX_RANK:
+            raise AdapterError(f"adapters of rank {self.rank}; allowed: 1 to {MAX_RANK}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise AdapterError(f"adapters with alpha {self.alpha}; allowed: above 0 (rank {self.rank} counts B A once)")
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"adapters with dropout {self.dropout}; allowed: from 0 to below 1")
+        if self.dtype is not None and not (self.dtype.is_floating_point and self.dtype.itemsize >= 2):
+            raise AdapterError(f"adapters in {self.dtype}; allowed: float32, bfloat16, float16, float64")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
 
 
 class AdaptedLinear(Linear):
@@ -87,19 +132,28 @@ class AdaptedLinear(Linear):
         return f"{super().extra_repr()}, {kind} of rank {self.lora_A.shape[0]}, scaling={self.scaling:g}"
 
 
-def adapt(layer: Linear, *, rank: int, scaling: float, dropout: float, dora: bool, dtype: torch.dtype | None) -> None:
+def adapt(layer: Linear, config: AdapterConfig) -> None:
     """Makes an :class:`AdaptedLinear` of a layer in place; the adapter's values are not set."""
-    options = {"dtype": dtype or layer.weight.dtype, "device": layer.weight.device}
+    options = {"dtype": config.dtype or layer.weight.dtype, "device": layer.weight.device}
     layer.__class__ = AdaptedLinear
-    layer.scaling, layer.dropout = scaling, dropout
-    layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **options))
-    layer.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **options))
-    layer.register_parameter(
-        "lora_magnitude", nn.Parameter(torch.empty(layer.out_features, **options)) if dora else None
-    )
+    layer.scaling, layer.dropout = config.scaling, config.dropout
+    layer.lora_A = nn.Parameter(torch.empty(config.rank, layer.in_features, **options))
+    layer.lora_B = nn.Parameter(torch.empty(layer.out_features, config.rank, **options))
+    magnitude = nn.Parameter(torch.empty(layer.out_features, **options)) if config.dora else None
+    layer.register_parameter("lora_magnitude", magnitude)
 
 
 def unadapt(layer: AdaptedLinear) -> None:
     """The way back: the adapter is gone, whatever it was."""
     layer.__class__ = Linear
     del layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.scaling, layer.dropout
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def check_adapted(model: "Ministral3") -> None:
+    if model.adapters is None:
+        raise AdapterError("the model has no adapters: add_adapters(model, config, targets) first")

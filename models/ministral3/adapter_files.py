@@ -14,8 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from m3kernels.models.ministral3.adapted import AdaptedLinear
-from m3kernels.models.ministral3.adapters import AdapterConfig, AdapterError, adapted_layers, check_adapted
+from m3kernels.models.ministral3.adapted import (
+    AdaptedLinear,
+    AdapterConfig,
+    AdapterError,
+    adapted_layers,
+    check_adapted,
+)
 from m3kernels.models.ministral3.files import (
     CODES,
     DTYPES,
@@ -62,7 +67,7 @@ PLAIN: dict[str, tuple] = {
 
 
 @dataclass(frozen=True)
-class _Whole:
+class _Stored:
     """One tensor of a file: its name there and the parameter it is."""
 
     stored: str
@@ -168,8 +173,13 @@ def trained_whole(model: "Ministral3") -> list[str]:
     """The largest modules that are trained whole beside the adapters, as PEFT's ``modules_to_save`` has them.
 
     Raises:
-        AdapterError: a module of which some parameters are trained and others are not, or adapted.
+        AdapterError: a module of which some parameters are trained and others are not, or adapted; a tied embedding.
     """
+    if model.config.tied and model.lm_head.weight.requires_grad:
+        raise AdapterError(
+            "the embedding is trained and is the head, too; PEFT would load it into the embedding alone: freeze it, or "
+            "save the whole model with save_pretrained"
+        )
     found: list[str] = []
 
     def visit(name: str, module: nn.Module) -> None:
@@ -288,7 +298,7 @@ def _check_fits(model: "Ministral3", folder: Path, saved: AdapterConfig, layers:
         raise AdapterError(f"{folder} is for other layers: it {differing}; {remedy}")
 
 
-def _read(folder: Path) -> tuple[list[_Whole], list[_Whole], dict]:
+def _read(folder: Path) -> tuple[list[_Stored], list[_Stored], dict]:
     """(tensors of adapters, other tensors, the config) of a folder that PEFT wrote, under our names."""
     if not (folder / WEIGHTS).exists():
         found = " (adapter_model.bin can run code and is not read)" if (folder / "adapter_model.bin").exists() else ""
@@ -311,9 +321,9 @@ def _read(folder: Path) -> tuple[list[_Whole], list[_Whole], dict]:
                 f"{folder / WEIGHTS} has {stored}; allowed: lora_A, lora_B and magnitudes of linear layers"
             )
         if match is None:
-            others.append(_Whole(stored, runtime_name(name)))
+            others.append(_Stored(stored, runtime_name(name)))
         else:
-            adapters.append(_Whole(stored, f"{runtime_name(match[1])}.{match[2] or MAGNITUDE}"))
+            adapters.append(_Stored(stored, f"{runtime_name(match[1])}.{match[2] or MAGNITUDE}"))
     if not adapters:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapter")
     return adapters, others, config

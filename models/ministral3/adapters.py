@@ -3,58 +3,40 @@
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from m3kernels.models.ministral3.adapted import AdaptedLinear, adapt, unadapt
+from m3kernels.models.ministral3.adapted import (
+    AdapterConfig,
+    AdapterError,
+    adapt,
+    adapted_layers,
+    check_adapted,
+    unadapt,
+)
+from m3kernels.models.ministral3.adapter_files import adapter_of, load_adapter, save_adapter
 from m3kernels.models.ministral3.layers import Linear
 from m3kernels.models.ministral3.merging import LORA_A, LORA_B, MAGNITUDE, is_adapter, merged_weight
 from m3kernels.models.ministral3.shards import fill, whole_of
-from m3kernels.ops._lora_launch import MAX_RANK
 from m3kernels.peft import NAMES, target_modules
 
 if TYPE_CHECKING:
     from m3kernels.models.ministral3.model import Ministral3
 
-
-class AdapterError(ValueError):
-    """Adapters that cannot be made, read or written as asked; nothing was changed. The message says what to do."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What adapters are alike in.
-
-    Attributes:
-        rank: R of A (R, K) and B (N, R).
-        alpha: B A counts alpha / rank.
-        dropout: probability that an input of the adapters is dropped in training, a mask for each layer.
-        dora: with DoRA's magnitudes.
-        dtype: of the adapters; None is the base weight's. fp32 beside fp64 weights computes the adapters in fp32.
-    """
-
-    rank: int = 32
-    alpha: float = 32.0
-    dropout: float = 0.0
-    dora: bool = False
-    dtype: torch.dtype | None = torch.float32
-
-    def __post_init__(self):
-        if not 1 <= self.rank <= MAX_RANK:
-            raise AdapterError(f"adapters of rank {self.rank}; allowed: 1 to {MAX_RANK}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise AdapterError(f"adapters with alpha {self.alpha}; allowed: above 0 (rank {self.rank} counts B A once)")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"adapters with dropout {self.dropout}; allowed: from 0 to below 1")
-        if self.dtype is not None and not (self.dtype.is_floating_point and self.dtype.itemsize >= 2):
-            raise AdapterError(f"adapters in {self.dtype}; allowed: float32, bfloat16, float16, float64")
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "adapter_of",
+    "adapter_parameters",
+    "add_adapters",
+    "load_adapter",
+    "merge_adapters",
+    "reset_adapters",
+    "save_adapter",
+    "targets_of",
+]
 
 
 def targets_of(
@@ -105,14 +87,7 @@ def add_adapters(model: "Ministral3", config: AdapterConfig, targets: Sequence[s
         _check_target(model, target, layers.get(target))
     model.requires_grad_(False)
     for layer in layers.values():
-        adapt(
-            layer,
-            rank=config.rank,
-            scaling=config.scaling,
-            dropout=config.dropout,
-            dora=config.dora,
-            dtype=config.dtype,
-        )
+        adapt(layer, config)
     model.adapters = config
     if not any(parameter.is_meta for parameter in model.parameters()):
         reset_adapters(model, 0)
@@ -131,11 +106,6 @@ def _check_target(model: "Ministral3", name: str, module: nn.Module | None) -> N
         )
     if type(module) is not Linear:
         raise AdapterError(f"{name} is a {type(module).__name__}; adapters go beside linear layers: targets_of(model)")
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -191,8 +161,3 @@ def merge_adapters(model: "Ministral3") -> None:
         fill(parts[0], whole)
         unadapt(layer)
     model.adapters = None
-
-
-def check_adapted(model: "Ministral3") -> None:
-    if model.adapters is None:
-        raise AdapterError("the model has no adapters: add_adapters(model, config, targets) first")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from m3kernels.cli.demo_model import ModelSize
+from m3kernels.models.finetune.checkpoint import complete, read_record
 from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.config import FinetuneConfig
 from m3kernels.models.finetune.metrics import METRICS, read_metrics
@@ -34,14 +35,27 @@ def tiny(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return tiny_checkpoint.write(folder, vocab=VOCAB, size=SIZE, dtype=dtype)
 
 
-def config(checkpoint: Path, folder: Path, *overrides: str, scheme: str = "none") -> FinetuneConfig:
+def arguments(checkpoint: Path, *overrides: str, scheme: str = "none") -> list[str]:
+    """Of ``m3kernels finetune``."""
     words = [*OPTIONS.split(), *(word for text in overrides for word in text.split())]
-    named = ["--pretrained-checkpoint", str(checkpoint), "--peft-scheme", scheme]
     # of an option that is named twice the last counts
     pairs = dict(word.split("=", 1) for word in words if not word.startswith("--"))
     flags = [word for word in words if word.startswith("--")]
-    made = parse(["3b", *named, *flags, *(f"{key}={value}" for key, value in pairs.items())]).config
+    named = ["--pretrained-checkpoint", str(checkpoint), "--peft-scheme", scheme]
+    return ["3b", *named, *flags, *(f"{key}={value}" for key, value in pairs.items())]
+
+
+def config(checkpoint: Path, folder: Path, *overrides: str, scheme: str = "none") -> FinetuneConfig:
+    made = parse(arguments(checkpoint, *overrides, scheme=scheme)).config
     return dataclasses.replace(made, dir=str(folder))
+
+
+def folder_of(made: FinetuneConfig) -> Path:
+    return Path(made.dir) / made.name
+
+
+def checkpoints(made: FinetuneConfig) -> Path:
+    return folder_of(made) / "checkpoints"
 
 
 def run(made: FinetuneConfig) -> tuple[list[float], int]:
@@ -61,6 +75,11 @@ def losses(folder: Path) -> list[float]:
 def events(folder: Path) -> list[dict]:
     """Every line of metrics.jsonl."""
     return [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+
+
+def record(made: FinetuneConfig) -> dict:
+    """``run.json`` of the newest checkpoint."""
+    return read_record(list(complete(checkpoints(made)).values())[-1])
 
 
 def state(folder: Path) -> dict[str, Tensor]:

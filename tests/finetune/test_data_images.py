@@ -133,9 +133,12 @@ def test_ids_and_pixels_are_those_of_the_pixtral_processor():
         spatial_merge_size=2,
         chat_template=(folder / "chat_template.jinja").read_text(),
     )
-    turns = [user(image(1700, 300), image(31, 29), "What?"), assistant([text("a cat")])]
+    noise = np.random.default_rng(0).integers(256, size=(300, 1700, 3), dtype=np.uint8)
+    picture = {"type": "image", "image": Image.fromarray(noise)}
+    turns = [user(picture, image(31, 29), "What?"), assistant([text("a cat")])]
     expected = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="np")
     encoded = encoder("processor").encode(record(*turns))
     assert encoded.tokens.tolist() == expected["input_ids"][0].tolist()
     for found, padded in zip(encoder("processor").pixels(encoded), expected["pixel_values"]):
-        np.testing.assert_array_equal(found, padded[:, : found.shape[1], : found.shape[2]])
+        # torchvision and Pillow round a resized value otherwise: two of 256 levels at most
+        np.testing.assert_allclose(found, padded[:, : found.shape[1], : found.shape[2]], atol=2.1 / 255 / 0.26)

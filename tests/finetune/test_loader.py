@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -112,6 +113,31 @@ def test_the_death_of_a_worker_names_the_step():
 def test_a_signal_to_the_whole_group_leaves_workers_at_work():
     steps = [batch.step for batch in step_batches(Broken(get_signals), 0, 6, rank=0, ranks=1, num_workers=2)]
     assert steps == list(range(6))
+
+
+def test_hundreds_of_forwards_a_step_need_few_open_files():
+    """A file for each tensor would be over 1,500 in two batches; the worker would then hang, not fail."""
+    plan = make_plan(
+        FakeSource([4] * 300, images=set(range(300))), pack=False, global_batch_size=256, micro_batch_size=1
+    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        batches = list(step_batches(plan, 0, 3, rank=0, ranks=1, num_workers=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [len(batch.micro_batches) for batch in batches] == [256] * 3
+    assert told(batches[2]) == told(plan.batch(2, 0, 1))
+
+
+def test_too_little_shared_memory_names_the_step(monkeypatch):
+    def full(tensor):
+        raise RuntimeError("No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(FinetuneError, match=r"the data of step 0: .* MiB of shared memory .*--shm-size"):
+        next(step_batches(make_plan(), 0, 3, rank=0, ranks=1, num_workers=1))
+    assert next(step_batches(make_plan(), 0, 3, rank=0, ranks=1, num_workers=0)).step == 0
 
 
 def test_closing_ends_the_workers():

@@ -102,7 +102,9 @@ def test_images_of_different_sizes_are_padded_at_right_and_bottom():
         def pixels(self, encoded):
             return [np.full((3, 28, 56) if record["id"] else (3, 56, 28), 1.0, np.float32) for record in encoded.images]
 
-    micro = make_plan(FakeSource([2, 2], images={0, 1}), TwoSizes(), global_batch_size=2).batch(0, 0, 1).micro_batches[0]
+    micro = (
+        make_plan(FakeSource([2, 2], images={0, 1}), TwoSizes(), global_batch_size=2).batch(0, 0, 1).micro_batches[0]
+    )
     assert micro.pixel_values.shape == (2, 3, 56, 56) and micro.pixel_values.dtype == torch.float32
     assert micro.pixel_values[0, :, :56, :28].min() == 1 and micro.pixel_values[0, :, :, 28:].max() == 0
     assert micro.pixel_values[1, :, :28, :56].min() == 1 and micro.pixel_values[1, :, 28:].max() == 0
@@ -271,5 +273,5 @@ def test_the_fingerprint_is_of_what_decides_on_samples_and_tokens():
 )
 def test_sizes_that_cannot_be_are_refused(options, message):
     with pytest.raises(FinetuneError, match=message):
-        source = options.pop("source", None)
-        Plan(source if source is not None else FakeSource([1]), FakeEncoder(), **{"seed": 0, "global_batch_size": 1, "seq_length": 8, **options})
+        options = {"source": FakeSource([1]), "seed": 0, "global_batch_size": 1, "seq_length": 8, **options}
+        Plan(encoder=FakeEncoder(), **options)

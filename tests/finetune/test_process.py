@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 
+import faults
 import pytest
 import torch.distributed as dist
+from pool import RankFailed, run
 
 from m3kernels.models.finetune.process import StopSignals, Watch, process_group
 
@@ -44,16 +46,29 @@ def test_a_watch_that_is_left_ends_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_wishes_and_handlers_come_back(number, capsys):
+def test_signals_are_wishes_and_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
     with StopSignals() as signals:
         assert signals.received is None
         os.kill(os.getpid(), number)
         time.sleep(0.01)
         assert signals.received == number.name
-        assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # the second one ends it
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one ends it
     assert signal.getsignal(number) is before
-    assert "saving after this step" in capsys.readouterr().err
+    assert f"{number.name}: saving, then exiting" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "first, second, repeated_s",
+    [(signal.SIGTERM, signal.SIGTERM, 0), (signal.SIGINT, signal.SIGINT, 5), (signal.SIGTERM, signal.SIGINT, 5)],
+)
+def test_a_second_signal_ends_at_once(first, second, repeated_s):
+    with pytest.raises(RankFailed, match=f"exit code -{second.value}"):
+        run(1, faults.signalled, first, second, repeated_s)
+
+
+def test_a_sigterm_that_two_launchers_pass_on_is_one():
+    assert run(1, faults.signalled, signal.SIGTERM, signal.SIGTERM, 5) == ["SIGTERM"]
 
 
 def test_a_group_of_one_process_and_one_that_is_there():

@@ -28,8 +28,7 @@ from m3kernels.models.ministral3 import (
     set_recompute,
     targets_of,
 )
-from m3kernels.models.ministral3.adapted import AdaptedLinear
-from m3kernels.models.ministral3.adapters import adapted_layers
+from m3kernels.models.ministral3.adapted import AdaptedLinear, adapted_layers
 from m3kernels.models.ministral3.recompute import RUN
 from m3kernels.patching import adapters as fused
 from models import FP32, Float64, assert_same, batch_for, build, distance, text_batch
@@ -99,6 +98,21 @@ def test_wrong_adapters_are_seen(wrong, monkeypatch):
         wrong(model, monkeypatch)
         found = trained(model, batch)
     assert max(distance(found[name], right[name]) for name in right) > 1e-3
+
+
+def test_biases_stay_outside_of_doras_scale(tmp_path, calls):
+    hf = build("vlm", dtype=torch.float64, multimodal_projector_bias=True)
+    ours = like(hf)
+    add_adapters(ours, AdapterConfig(rank=4, dora=True, dtype=None), targets_of(ours, text=False, projector=True))
+    disturb(ours)
+    save_adapter(ours, tmp_path / "a", base_name_or_path=None)
+    theirs, batch = in_peft(hf, tmp_path / "a", trainable=True).train(), batch_for(hf)
+    with Float64():
+        want = steps(theirs, [batch])
+        assert_same(steps(copy.deepcopy(ours).train(), [batch]), want, PEFT)
+        m3kernels.patch(ours)
+        assert_same(steps(ours.train(), [batch]), want, PEFT)
+    assert calls == [1] * 3
 
 
 @both
@@ -219,6 +233,16 @@ def test_a_module_trained_in_part_has_no_place_in_pefts_format(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_tied_embedding_has_no_place_in_pefts_format(tmp_path):
+    ours = like(build("text", tie_word_embeddings=True))
+    add_adapters(ours, AdapterConfig(rank=4), targets_of(ours))
+    save_adapter(ours, tmp_path / "a", base_name_or_path=None)
+    ours.lm_head.requires_grad_(True)
+    with pytest.raises(AdapterError, match="is the head, too"):
+        save_adapter(ours, tmp_path / "b", base_name_or_path=None)
+    assert not (tmp_path / "b").exists()
+
+
 def test_folders_that_are_not_free(tmp_path):
     _, ours = adapted("text")
     (tmp_path / "a").mkdir()
@@ -300,6 +324,19 @@ def test_adapters_beside_a_checkpoint(dora, tmp_path):
         assert_same({n: p.detach() for n, p in adapters.items()}, before, 0.0)
     plain = Ministral3.from_pretrained(folder, dtype=torch.float16)
     assert_same({n: ours.state_dict()[n] for n in plain.state_dict()}, dict(plain.state_dict()), 0.0)
+
+
+def test_adapters_and_kernels_before_the_weights(tmp_path, calls):
+    folder = save(tmp_path / "hf", dtype=torch.float32)
+
+    def prepare(model: Ministral3) -> None:
+        add_adapters(model, AdapterConfig(rank=4), targets_of(model))
+        assert m3kernels.patch(model).patched["lora_linear"] == 14
+
+    ours, plain = Ministral3.from_pretrained(folder, prepare=prepare), Ministral3.from_pretrained(folder)
+    batch = batch_for(plain)
+    assert distance(logits(ours, batch), logits(plain, batch)) <= FP32
+    assert calls == TOGETHER * 2
 
 
 @both

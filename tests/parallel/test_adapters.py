@@ -77,9 +77,9 @@ def test_with_kernels(dora, tp, dp):
         assert_same(ours, plain, 10 * FP32)
 
 
-@pytest.mark.parametrize("kind, dora", [("text", False), ("text", True), ("vlm", True)])
-@pytest.mark.parametrize("tp, dp", [(1, 1), (2, 1), (2, 2)])
-def test_files_are_those_of_one_process(kind, dora, tp, dp, tmp_path):
+@pytest.mark.parametrize("kind, dora", [("text", False), ("vlm", True)])
+@pytest.mark.parametrize("tp, dp, loaded", [(1, 1, [(2, 2)]), (2, 1, [(1, 2), (4, 1)]), (2, 2, [(1, 1), (2, 1)])])
+def test_files_are_those_of_one_process(kind, dora, tp, dp, loaded, tmp_path):
     run(tp * dp, jobs.save, kind, dora, tp, dp, str(tmp_path))
     one = jobs.model_of(kind, dora)
     options = {**TEXT, "tie_word_embeddings": False}
@@ -93,7 +93,7 @@ def test_files_are_those_of_one_process(kind, dora, tp, dp, tmp_path):
     expected = load_file(tmp_path / "one" / "model.safetensors")
     for folder in ("merged", "in-place"):
         assert_same(load_file(tmp_path / folder / "model.safetensors"), expected, FP64)
-    for layout in {(1, 1), (2, 1), (1, 2), (4, 1)} - {(tp, dp)}:
+    for layout in loaded:
         found = run(layout[0] * layout[1], jobs.load, kind, *layout, str(tmp_path / "adapter"))
         for state in found:
             assert_same(state, {n: p.detach() for n, p in one.named_parameters()}, 0.0)

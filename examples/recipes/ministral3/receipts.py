@@ -6,6 +6,9 @@ m3kernels finetune --pretrained-checkpoint tiny --dataset-type hf dataset.path=r
 
 import argparse
 import json
+import os
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,11 @@ LINE, WIDTH, DIGIT = 56, 196, 44
 SPLITS = ("train", "validation", "test")
 
 
+@cache
+def font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=32)
+
+
 def receipt(digits: Digits, rng: np.random.Generator, *, dark: bool) -> tuple[Image.Image, dict]:
     """A receipt and what is on it.
 
@@ -28,12 +36,12 @@ def receipt(digits: Digits, rng: np.random.Generator, *, dark: bool) -> tuple[Im
     counts = [int(digits.labels[scan]) for scan in scans]
     total = f"{sum(counts):02}"
     page = Image.new("L", (WIDTH, LINE * (len(chosen) + 1)), 255)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=32)
+    draw = ImageDraw.Draw(page)
     for line, (item, scan) in enumerate(zip(chosen, scans)):
         _put(page, digits.scans[scan], 6, line, rng)
-        draw.text((66 + int(rng.integers(0, 8)), line * LINE + 6 + int(rng.integers(0, 6))), ITEMS[item], 0, font)
+        draw.text((66 + int(rng.integers(0, 8)), line * LINE + 6 + int(rng.integers(0, 6))), ITEMS[item], 0, font())
     last = len(chosen)
-    draw.text((6 + int(rng.integers(0, 4)), last * LINE + 8), "=", 0, font)
+    draw.text((6 + int(rng.integers(0, 4)), last * LINE + 8), "=", 0, font())
     for place, figure in enumerate(total):
         scan = rng.choice(np.flatnonzero(digits.labels == int(figure)))
         _put(page, digits.scans[scan], 62 + place * LINE, last, rng)
@@ -50,19 +58,25 @@ def _put(page: Image.Image, scan: np.ndarray, left: int, line: int, rng: np.rand
     page.paste(Image.fromarray(np.minimum(np.asarray(ink), 255)), (left, top))
 
 
+def _draw(folder: Path, name: str, digits: Digits, seed: int, dark: bool, i: int) -> str:
+    """Draws one receipt of a split; returns its row."""
+    rng = np.random.default_rng([seed, dark, SPLITS.index(name), i])
+    page, truth = receipt(digits, rng, dark=dark)
+    file = f"{name}/{i:05}.png"
+    page.save(folder / file, compress_level=1)
+    return json.dumps({"image": file, "ground_truth": json.dumps(truth)}) + "\n"
+
+
 def write(folder: str | Path, *, count: int, seed: int = 0, dark: bool = False) -> Path:
     """``count`` receipts to train on and 200 each to validate and test with, of digits that no other split has."""
-    folder = Path(folder)
-    rng = np.random.default_rng([seed, dark])
-    for name, digits in zip(SPLITS, load_splits().__dict__.values()):
-        images = folder / name
-        images.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as lines:
-            for i in range(count if name == "train" else 200):
-                page, truth = receipt(digits, rng, dark=dark)
-                page.save(images / f"{i:05}.png")
-                row = {"image": f"{name}/{i:05}.png", "ground_truth": json.dumps(truth)}
-                lines.write(json.dumps(row) + "\n")
+    folder, splits = Path(folder), load_splits()
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        for name in SPLITS:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            draw = partial(_draw, folder, name, getattr(splits, name), seed, dark)
+            rows = pool.imap(draw, range(count if name == "train" else 200), chunksize=64)
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as lines:
+                lines.writelines(rows)
     return folder
 
 

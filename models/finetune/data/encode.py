@@ -155,6 +155,10 @@ class Encoder:
         ids = [int(token) for token in tokens]
         return self.chat.decode(ids[: ids.index(self.eos_token)] if self.eos_token in ids else ids)
 
+    def control(self, token: int) -> str | None:
+        """The name of a control token, such as ``[INST]``; None of one that is text."""
+        return self.chat.control(int(token))
+
     def _encode(self, turns: tuple[Turn, ...], tools, images, sizes, *, cut_turns: int = 0) -> Encoded:
         tokens, spans = self.chat.encode(turns, tools, sizes)
         ids, supervised = np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=bool)

@@ -83,6 +83,9 @@ class MistralChat:
     def decode(self, tokens: list[int]) -> str:
         return self.tekken.decode(tokens)
 
+    def control(self, token: int) -> str | None:
+        return self.tekken.id_to_piece(token) if token < self.tekken.num_special_tokens else None
+
     def _noting(self, encode_message, is_answer: bool):
         def encode(*args, **kwargs):
             made = encode_message(*args, **kwargs)

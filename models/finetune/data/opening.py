@@ -74,9 +74,11 @@ def open_rows(
         FinetuneError: nothing there, or other columns.
     """
     place = Path(path)
-    if streaming and not place.exists():
+    # one that is missing is not asked of the Hub
+    is_file = place.is_file() or (place.suffix in SUFFIXES and not place.exists())
+    if streaming and not place.exists() and not is_file:
         return _stream(path, split=split, columns=columns, convert=convert, subset=subset)
-    if place.is_file():
+    if is_file:
         table = open_file(place)
     elif (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         table = _saved(place, split)

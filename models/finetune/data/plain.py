@@ -46,3 +46,6 @@ class PlainText:
 
     def decode(self, tokens: list[int]) -> str:
         return self.vocabulary.decode(tokens)
+
+    def control(self, token: int) -> str | None:
+        return self.vocabulary.control(token)

@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 
 import jinja2
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from m3kernels.models.finetune.config import FinetuneError
 from m3kernels.models.finetune.data.pixels import (
@@ -35,6 +36,7 @@ class FastTokenizer:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.bos, self.eos, self.pad = (self._id(name) for name in ("bos", "eos", "pad"))
         self.specials = {str(token): n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._names = {n: name for name, n in self.specials.items()}
         state = self.tokenizer.backend_tokenizer.pre_tokenizer
         split = "" if state is None else json.dumps(json.loads(state.__getstate__()), ensure_ascii=False)
         if "[INST]" in self.specials and _WRONG_SPLIT in split:
@@ -54,6 +56,9 @@ class FastTokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def control(self, token: int) -> str | None:
+        return self._names.get(token)
 
     def _id(self, kind: str) -> int:
         # a pad token is never trained on nor attended to: the end serves where there is none
@@ -78,14 +83,16 @@ def folder_images(folder: Path, *, max_image_size: int | None):
     patch = configs[0].get("patch_size", nested.get("patch_size"))
     patch = patch.get("height") if isinstance(patch, dict) else patch
     check_grid(patch, configs[0].get("spatial_merge_size", 1), str(files[0]))
-    processor = AutoImageProcessor.from_pretrained(folder)
+    # not AutoImageProcessor: with torchvision it takes a class of other pixels, without it some releases fail
+    processor = PixtralImageProcessorPil.from_pretrained(folder)
     return ProcessorImages(processor, limited(dict(processor.size)["longest_edge"], max_image_size))
 
 
 class ProcessorChat(FastTokenizer):
     """A chat template's text, cut at its control tokens, and each piece of plain text by the fast tokenizer.
 
-    Answers are found by rendering the conversation up to each: every rendering must begin the next.
+    Answers are found by rendering the conversation up to each: every rendering must begin the next. A system prompt that
+    the template itself puts before conversations without one stays, as it does in generation.
     """
 
     def __init__(self, folder: Path, *, max_image_size: int | None) -> None:
