@@ -103,6 +103,7 @@ def run_step(
     loss, norm = torch.stack([total, total_norm.to(total)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         trained.zero_grad()
+        del take_step  # which holds gradients
         if config.train.on_nonfinite == "stop":
             raise NonFinite(nonfinite(built, batch, step, loss, norm))
         return StepResult(loss, norm, stepped=False)
