@@ -69,6 +69,7 @@ def _finetune(config: FinetuneConfig, process: Process, dry_run: bool) -> Result
         choose_recompute(built.model, config, tp, ranks // tp, gpu)
         if built.fused is not None:
             say(built.fused)
+        say(f"optimizer: {config.optimizer.name}, {getattr(built.optimizer, 'backend', 'bitsandbytes')}")
         run = Run(config, process, where, data, built)
         stack.callback(run.close)
         run.resume()
