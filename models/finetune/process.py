@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import faulthandler
-import gc
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ REPEATED_S = 5.0
 LEFT_TO_OTHERS_S = 5.0
 # collectives wait longer than the watch, whose message says more
 BEYOND_WATCH_S = 20.0
-# of gloo's threads that a reference keeps alive: until they are idle
+# until gloo's threads are idle
 THREADS_REST_S = 0.2
 
 
@@ -69,10 +68,9 @@ def _end_group() -> None:
     """Destroys the groups and gives gloo's threads the time to let go of the last tensors.
 
     One that frees a tensor of Python's while the interpreter ends aborts the process: "terminate called without an active
-    exception", exit code -6, after a run that went well. Groups that nothing refers to any more join their threads.
+    exception", exit code -6, after a run that went well. Joining them would wait for what a dead rank never sends.
     """
     dist.destroy_process_group()
-    gc.collect()
     time.sleep(THREADS_REST_S)
 
 

@@ -13,7 +13,7 @@ from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.plan import Plan
 from m3kernels.models.finetune.data.sources import open_source
 from m3kernels.models.finetune.estimate import choose_recompute, summary
-from m3kernels.models.finetune.process import Process, StopSignals, Watch, process_group
+from m3kernels.models.finetune.process import StopSignals, Watch, process_group
 from m3kernels.models.finetune.progress import Data, Result
 from m3kernels.models.finetune.resolve import check, folders
 from m3kernels.models.finetune.run import Run
@@ -32,14 +32,9 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         FinetuneError: the configuration, the data or a step is not as it must be.
         CheckpointError: the pretrained checkpoint is not.
     """
-    with process_group(config.train.timeout_minutes) as process:
-        # what it refers to is gone when the group ends
-        return _finetune(config, process, dry_run)
-
-
-def _finetune(config: FinetuneConfig, process: Process, dry_run: bool) -> Result | None:
     with ExitStack() as stack:
-        # 1. folders, and checks that cost nothing
+        # 1. processes, folders, and checks that cost nothing
+        process = stack.enter_context(process_group(config.train.timeout_minutes))
         say = print if process.first else _silent
         tp, copies = config.model.tensor_model_parallel_size, config.model.replicate
         # one process is enough to see what several would do

@@ -93,15 +93,17 @@ def test_killed_ranks_are_restarted_and_end_with_the_same_bits(checkpoint, tmp_p
 
 
 def test_sigterm_saves_and_a_later_start_goes_on(checkpoint, tmp_path, straight):
-    arguments = [*runs.arguments(checkpoint, SAVING), f"dir={tmp_path}"]
+    arguments = [*runs.arguments(checkpoint), f"dir={tmp_path}"]
+    told = tmp_path / "default/metrics.jsonl"
     # a step that is slow enough for the signal to arrive in
     with start(FAULTY, arguments, faults="waits_in_step:0:2,waits_in_step:1:2") as started:
         deadline = time.monotonic() + 120
-        while not list(complete(tmp_path / "default/checkpoints")) and time.monotonic() < deadline:
+        while not (told.exists() and told.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
         started.send_signal(signal.SIGTERM)
         out, _ = started.communicate(timeout=60)
-    assert "stopped by SIGTERM after step 2; start again to go on" in out
-    assert list(complete(tmp_path / "default/checkpoints")) == [1, 2]
+    # the signal may be quicker than the next step
+    (step,) = complete(tmp_path / "default/checkpoints")
+    assert step in (1, 2) and f"stopped by SIGTERM after step {step}; start again to go on" in out, out
     assert "resumed from" in torchrun(FAULTY, arguments)
     assert same(tmp_path / "default", straight)
