@@ -45,6 +45,8 @@ adapters = importlib.import_module("m3kernels.ops._lora_launch")
 dora = importlib.import_module("m3kernels.ops._dora_scale")
 fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
 vocab_parallel = importlib.import_module("m3kernels.parallel.cross_entropy")
+adamw = importlib.import_module("m3kernels.ops.adamw")
+global_norm = importlib.import_module("m3kernels.ops.global_norm")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -139,6 +141,44 @@ def test_fp8_dequantize(per_block, dtype):
     check(kernel, report, 0)
     # 16 bytes a thread, and the hardware's conversion of two numbers at a time
     assert "ld.global.v4" in report["ptx"] and "cvt.rn.f16x2.e4m3x2" in report["ptx"]
+
+
+def optimizer_types(kernel) -> dict:
+    types = {n: "fp32" for n in kernel.arg_names} | dict.fromkeys(("p_fixed", "p_gradients", "p_sizes"), "*i64")
+    types |= {"p_chunks": "*i32", "p_decay": "*fp32", "p_factor": "*fp32", "p_partial": "*fp32", "p_norm": "*fp32"}
+    return types | {"seed": "i64", "step": "i32", "n_partial": "i32"}
+
+
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("parameter", "copy"),
+    [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)],
+    ids=["fp32", "master", "stochastic"],
+)
+def test_adamw(parameter, copy, gradient):
+    kernel, config, types = adamw.adamw_kernel, adamw.CONFIG, adamw.TYPES
+    constexprs = {"PARAMETER": types[parameter], "GRADIENT": types[gradient], "COPY": types.get(copy), "CLIPS": True}
+    constexprs |= {"CHUNK": config.chunk, "LANES": adamw.LANES}
+    report = compile_sm90(kernel, config.warps, constexprs, optimizer_types(kernel))
+    check(kernel, report, 0)
+    # four programs on an SM
+    assert report["registers"] <= 128
+    # 4 elements a thread, from addresses that a table holds
+    wide = [parameter, gradient, torch.float32, torch.float32]
+    for kind, dtypes in (("ld", wide), ("st", [parameter, torch.float32, torch.float32, copy])):
+        assert report["ptx"].count(f"{kind}.global.v4.b32") == 4 * dtypes.count(torch.float32)
+        assert report["ptx"].count(f"{kind}.global.v2.b32") == 4 * dtypes.count(torch.bfloat16)
+
+
+@pytest.mark.parametrize("gradient", [torch.bfloat16, torch.float32])
+def test_global_norm(gradient):
+    kernel, constexprs = global_norm.square_sum_kernel, {"GRADIENT": global_norm.TYPES[gradient]}
+    constexprs |= {"CHUNK": global_norm.CONFIG.chunk, "LANES": global_norm.CONFIG.lanes}
+    report = compile_sm90(kernel, global_norm.CONFIG.warps, constexprs, optimizer_types(kernel))
+    check(kernel, report, 0)
+    assert "ld.global.v4" in report["ptx"]
+    kernel = global_norm.norm_kernel
+    check(kernel, compile_sm90(kernel, 8, {"BLOCK": 4096}, optimizer_types(kernel)), 0)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

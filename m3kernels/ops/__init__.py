@@ -1,11 +1,13 @@
 """Fused operations. Nothing here knows a model; each file holds one op with its formula, kernel and reference."""
 
 from m3kernels.ops._common import KernelLaunchError
+from m3kernels.ops.adamw import adamw, adamw_reference
 from m3kernels.ops.attention import attention, attention_reference
 from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference
 from m3kernels.ops.dora_linear import dora_linear, dora_linear_reference, dora_norm, dora_norm_reference
 from m3kernels.ops.fp8_dequantize import fp8_dequantize, fp8_dequantize_reference
 from m3kernels.ops.fp8_linear import fp8_linear, fp8_linear_reference
+from m3kernels.ops.global_norm import global_norm, global_norm_reference
 from m3kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from m3kernels.ops.lora_linear import Adapted, lora_linear, lora_linear_reference, lora_linears
 from m3kernels.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -23,6 +25,8 @@ from m3kernels.ops.swiglu import swiglu, swiglu_reference
 __all__ = [
     "Adapted",
     "KernelLaunchError",
+    "adamw",
+    "adamw_reference",
     "add_rms_norm",
     "add_rms_norm_reference",
     "attention",
@@ -37,6 +41,8 @@ __all__ = [
     "fp8_dequantize_reference",
     "fp8_linear",
     "fp8_linear_reference",
+    "global_norm",
+    "global_norm_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "llama4_scale",

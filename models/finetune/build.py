@@ -148,11 +148,11 @@ def build(
     else:
         # adapters stay in the masters' dtype: the kernels take them beside 16-bit activations
         whole = {name: p for name, p in parameters.items() if not is_adapter(name)}
-        trained = with_masters(whole, computed)
+        # bitsandbytes takes gradients of the masters' dtype alone
+        trained = with_masters(whole, computed, narrow_gradients=config.optimizer.name == "adamw")
         trained.masters.update((name, p) for name, p in parameters.items() if is_adapter(name))
         prepare(model)
-    stochastic = config.train.precision == "bf16_stochastic"
-    optimizer = make_optimizer(trained, config.optimizer, stochastic=stochastic, seed=config.rng.seed)
+    optimizer = make_optimizer(trained, config.optimizer, seed=config.rng.seed)
     # once more, for the report: backends go by the device that the weights are on by now
     fused = m3kernels.patch(model) if config.model.kernels else None
     return Built(model, trained, optimizer, computed, checkpoint, fused)

@@ -31,7 +31,7 @@ USAGE = """usage: m3kernels finetune [3b|8b|14b] --pretrained-checkpoint DIR [--
        [--peft-scheme none|lora|dora] [--[no-]freeze-language-model] [--[no-]freeze-vision-model]
        [--[no-]freeze-vision-projection] [--dry-run] [KEY=VALUE ...]
 
-Without a size the checkpoint's own is taken. Several GPUs: torchrun --nproc-per-node=8 -m m3kernels finetune ...
+Without a size the checkpoint's own is taken. Several GPUs: torchrun --nproc-per-node=8 -m m3kernels.cli finetune ...
 KEY=VALUE sets any field below: train.train_iters=100 is --train.train-iters 100.
 """
 

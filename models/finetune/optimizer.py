@@ -1,16 +1,18 @@
 """AdamW over the trained parameters: fp32 master weights, weight decay of matrices alone, state that is there from the start.
 
 Where FSDP2 shards the model its parameters are the masters: it gathers them in bf16. Without it the parameters are bf16,
-each beside a master of its own, into whose fp32 gradient every backward adds.
+each beside a master of its own. That master's gradient is the bf16 one of the first backward, read as it is by a step of
+one forward; from the second backward on it is their sum in fp32.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from m3kernels.models.finetune.adamw_stochastic import StochasticAdamW
+from m3kernels.models.finetune.adamw import FusedAdamW, gradient_norm, local
 from m3kernels.models.finetune.config import FinetuneError, OptimizerConfig
 
 
@@ -30,7 +32,7 @@ class Trained:
     def write_back(self) -> None:
         """Parameters from their masters, after a step or a load."""
         if self.copies:
-            targets, sources = zip(*((_part(p), _part(m)) for p, m in self.copies))
+            targets, sources = zip(*((local(p), local(m)) for p, m in self.copies))
             torch._foreach_copy_(targets, sources)
 
     def fill_gradients(self) -> None:
@@ -38,25 +40,29 @@ class Trained:
 
         Then every layout does the same: under data parallelism another rank may have had an image.
         """
+        dtypes = {master: parameter.dtype for parameter, master in self.copies if master.grad_dtype is None}
         for master in self.masters.values():
             if master.grad is None:
-                master.grad = torch.zeros_like(master)
+                master.grad = torch.zeros_like(master, dtype=dtypes.get(master))
+
+    def gradient_norm(self) -> Tensor:
+        """0-dim, over all ranks; every master must have a gradient."""
+        return gradient_norm(self.masters.values())
 
     def zero_grad(self) -> None:
         for master in self.masters.values():
             master.grad = None
 
 
-def _part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def with_masters(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None) -> Trained:
+def with_masters(
+    parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None, *, narrow_gradients: bool = True
+) -> Trained:
     """Masters of trained parameters.
 
     Args:
         parameters: trained ones by name, in the masters' dtype.
         dtype: what parameters are cast to, beside masters that keep the values; None leaves them their own masters.
+        narrow_gradients: a master's gradient is in ``dtype`` until a second comes; False makes all of the master's dtype.
     """
     masters, copies = {}, []
     for name, parameter in parameters.items():
@@ -64,6 +70,8 @@ def with_masters(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | No
             masters[name] = parameter
             continue
         master = nn.Parameter(parameter.detach())
+        if narrow_gradients:
+            master.grad_dtype = None
         parameter.data = parameter.detach().to(dtype)
         parameter.register_post_accumulate_grad_hook(_adds_to(master))
         masters[name] = master
@@ -74,7 +82,9 @@ def with_masters(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | No
 def _adds_to(master: nn.Parameter):
     def move(parameter: nn.Parameter) -> None:
         if master.grad is None:
-            master.grad = parameter.grad.to(master.dtype)
+            master.grad = parameter.grad.to(master.grad_dtype or parameter.grad.dtype)
+        elif master.grad.dtype != master.dtype:
+            master.grad = master.grad.to(master.dtype).add_(parameter.grad)
         else:
             master.grad.add_(parameter.grad)
         parameter.grad = None
@@ -82,8 +92,8 @@ def _adds_to(master: nn.Parameter):
     return move
 
 
-def make_optimizer(trained: Trained, config: OptimizerConfig, *, stochastic: bool, seed: int) -> torch.optim.Optimizer:
-    """AdamW with its moments made: strict loads then find them whether or not a step was taken.
+def make_optimizer(trained: Trained, config: OptimizerConfig, *, seed: int) -> torch.optim.Optimizer:
+    """AdamW of ``trained``, with ``seed`` for rounding bf16 masters.
 
     Raises:
         FinetuneError: a library that is not there.
@@ -93,23 +103,35 @@ def make_optimizer(trained: Trained, config: OptimizerConfig, *, stochastic: boo
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
-    if stochastic:
-        optimizer = StochasticAdamW(groups, **options, seed=seed)
-    elif config.name == "adamw_8bit":
-        optimizer = _eight_bit(groups, options, (*matrices, *vectors))
+    if config.name == "adamw_8bit":
+        return _eight_bit(groups, options, (*matrices, *vectors))
+    copies = {master: parameter for parameter, master in trained.copies}
+    return FusedAdamW(groups, **options, seed=seed, copies=copies)
+
+
+@torch.no_grad()
+def ready_step(trained: Trained, optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> Callable[[], None]:
+    """What clips gradients of that norm to ``max_norm`` (0: not), steps the masters, writes their copies, drops the gradients.
+
+    To be called, or not, once it is known that ``norm`` is finite; the optimizer's tables are made before.
+    """
+    if isinstance(optimizer, FusedAdamW):
+        update = optimizer.ready(factor=(max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None)
     else:
-        optimizer = torch.optim.AdamW(groups, **options, fused=all(p.device.type == "cuda" for p in matrices) or None)
-    if isinstance(optimizer, torch.optim.AdamW):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p] = _moments(p, on_device=bool(group.get("fused")))
-    return optimizer
+        update = partial(_clip_and_step, trained, optimizer, norm, max_norm)
+
+    def take() -> None:
+        update()
+        trained.zero_grad()
+
+    return take
 
 
-def _moments(p: nn.Parameter, on_device: bool) -> dict[str, Tensor]:
-    step = torch.zeros((), dtype=torch.float32, device=_part(p).device if on_device else "cpu")
-    like = {"memory_format": torch.preserve_format}
-    return {"step": step, "exp_avg": torch.zeros_like(p, **like), "exp_avg_sq": torch.zeros_like(p, **like)}
+def _clip_and_step(trained: Trained, optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(trained.masters.values(), max_norm, norm)
+    optimizer.step()
+    trained.write_back()
 
 
 def _eight_bit(groups: list[dict], options: dict, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -138,6 +138,10 @@ class Run:
         self._open_sinks()
         self.signals, self.watch = signals, watch
         layout, iters, loss = self.built.model.layout, self.config.train.train_iters, math.nan
+        if self.progress.step >= iters:
+            self.say(
+                f"{self.progress.step} steps are over already: raise train.train_iters to go on, or take another name"
+            )
         rank = 0 if layout.batch_group is None else layout.batch_group.rank()
         options = {"rank": rank, "ranks": self.process.size // self.tp, "num_workers": self.config.dataset.num_workers}
         with closing(step_batches(self.data.train, self.progress.step, iters, **options)) as batches:
@@ -269,7 +273,8 @@ class Run:
         layout, validation = self.built.model.layout, self.config.validation
         rank = 0 if layout.batch_group is None else layout.batch_group.rank()
         ranks = self.process.size // self.tp
-        batches = self._until_stop(self.data.valid.eval_batches(validation.eval_iters, rank, ranks))
+        workers = {"num_workers": self.config.dataset.num_workers}
+        batches = self._until_stop(self.data.valid.eval_batches(validation.eval_iters, rank, ranks, **workers))
         with self._precision():
             found = evaluate(self.built.model, batches, self.built.dtype, self.watch.beat)
         if self.stopping:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from m3kernels.models.finetune.build import Built
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
-from m3kernels.models.finetune.optimizer import set_learning_rate
+from m3kernels.models.finetune.optimizer import ready_step, set_learning_rate
 from m3kernels.models.finetune.schedule import learning_rate
 
 
@@ -97,20 +97,17 @@ def run_step(
             raise FinetuneError(out_of_memory(micro, step, error)) from error
         total += loss.detach()
     trained.fill_gradients()
-    total_norm = torch.nn.utils.get_total_norm([p.grad for p in trained.masters.values()])
-    whole_norm = total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm
-    loss, norm = torch.stack([total, whole_norm.to(total)]).tolist()
+    total_norm = trained.gradient_norm()
+    set_learning_rate(optimizer, learning_rate(config, step))
+    take_step = ready_step(trained, optimizer, total_norm, config.optimizer.clip_grad)
+    loss, norm = torch.stack([total, total_norm.to(total)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         trained.zero_grad()
+        del take_step  # which holds gradients
         if config.train.on_nonfinite == "stop":
             raise NonFinite(nonfinite(built, batch, step, loss, norm))
         return StepResult(loss, norm, stepped=False)
-    if config.optimizer.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(trained.masters.values(), config.optimizer.clip_grad, total_norm)
-    set_learning_rate(optimizer, learning_rate(config, step))
-    optimizer.step()
-    trained.zero_grad()
-    trained.write_back()
+    take_step()
     return StepResult(loss, norm, stepped=True)
 
 

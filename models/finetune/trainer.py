@@ -17,6 +17,7 @@ from m3kernels.models.finetune.process import StopSignals, Watch, process_group
 from m3kernels.models.finetune.progress import Data, Result
 from m3kernels.models.finetune.resolve import check, folders
 from m3kernels.models.finetune.run import Run
+from m3kernels.models.ministral3 import sharding
 from m3kernels.parallel import make_mesh
 
 
@@ -25,7 +26,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
 
     Args:
         config: of ``m3kernels.models.recipes``, or made by hand.
-        dry_run: print what would be done and return None.
+        dry_run: print what would be done and return None; a single process stands for as many as one copy of the model takes.
 
     Raises:
         FinetuneError: the configuration, the data or a step is not as it must be.
@@ -35,30 +36,35 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         # 1. processes, folders, and checks that cost nothing
         process = stack.enter_context(process_group(config.train.timeout_minutes))
         say = print if process.first else _silent
-        check(config, process.size)
+        tp, copies = config.model.tensor_model_parallel_size, config.model.replicate
+        # one process is enough to see what several would do
+        ranks = tp * copies if dry_run and process.size == 1 else process.size
+        check(config, ranks)
         where = folders(config)
-        tp, kind = config.model.tensor_model_parallel_size, process.device.type
-        mesh = make_mesh(tp=tp, replicate=config.model.replicate, device_type=kind)
 
         # 2. what is read, trained and needed, while no weight is loaded
         checkpoint = open_checkpoint(config)
         data = open_data(config, checkpoint.folder)
         planned = model_on_meta(config, checkpoint)
-        gpu = torch.cuda.get_device_properties(process.device).total_memory if kind == "cuda" else None
-        memory = choose_recompute(planned, config, tp, process.size // tp, gpu)
+        sharding.check(planned.config, tp)
+        on_gpu = process.device.type == "cuda"
+        gpu = torch.cuda.get_device_properties(process.device).total_memory if on_gpu else None
+        memory = choose_recompute(planned, config, tp, ranks // tp, gpu)
         if dry_run:
             say(json.dumps(config.to_dict(), indent=2))
-        say(summary(config, planned, memory, process.size, data.train.steps_per_epoch))
+        say(summary(config, planned, memory, ranks, data.train.steps_per_epoch))
         say(f"tokens by {data.encoder.backend}; run folder {where.run}")
         if dry_run:
             return None
 
         # 3. the model, and the state of an earlier run; ranks that share layers draw the same dropout
         torch.manual_seed(config.rng.seed + dist.get_rank() // tp)
+        mesh = make_mesh(tp=tp, replicate=copies, device_type=process.device.type)
         built = build(config, checkpoint, mesh, process.device, progress=process.first)
-        choose_recompute(built.model, config, tp, process.size // tp, gpu)
+        choose_recompute(built.model, config, tp, ranks // tp, gpu)
         if built.fused is not None:
             say(built.fused)
+        say(f"optimizer: {config.optimizer.name}, {getattr(built.optimizer, 'backend', 'bitsandbytes')}")
         run = Run(config, process, where, data, built)
         stack.callback(run.close)
         run.resume()

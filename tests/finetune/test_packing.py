@@ -21,17 +21,11 @@ def waited_for(lengths, dealt) -> int:
     return sum(max(tokens_of(lengths, samples) for samples in one_round) for one_round in zip(*dealt))
 
 
-def first_come(lengths, ranks, capacity):
-    """The naive way: samples as they come into a bin until it is full, bins to ranks in turn."""
-    bins, room = [[]], capacity
-    for n, length in enumerate(lengths):
-        if length > room:
-            bins.append([])
-            room = capacity
-        bins[-1].append(n)
-        room -= length
-    bins += [[]] * (-len(bins) % ranks)
-    return [[tuple(samples) for samples in bins[rank::ranks]] for rank in range(ranks)]
+def greedy(lengths, ranks, capacity):
+    """The usual way: best-fit decreasing, bins to ranks in turn."""
+    bins = fill(lengths, capacity)
+    bins += [()] * (-len(bins) % ranks)
+    return [bins[rank::ranks] for rank in range(ranks)]
 
 
 def check(lengths, dealt, ranks):
@@ -47,7 +41,7 @@ def test_packed_bins(lengths, ranks, capacity):
     check(lengths, dealt, ranks)
     assert all(tokens_of(lengths, samples) <= capacity for own in dealt for samples in own)
     assert len(dealt[0]) == max(1, math.ceil(len(fill(lengths, capacity)) / ranks))
-    assert waited_for(lengths, dealt) <= waited_for(lengths, first_come(lengths, ranks, capacity))
+    assert waited_for(lengths, dealt) <= waited_for(lengths, greedy(lengths, ranks, capacity))
     totals = [sum(tokens_of(lengths, samples) for samples in own) for own in dealt]
     assert max(totals) - min(totals) <= max(tokens_of(lengths, samples) for own in dealt for samples in own)
 
@@ -110,3 +104,18 @@ def test_a_sample_that_is_too_long_is_refused():
         share_out([3, 9], ranks=1, capacity=8)
     with pytest.raises(ValueError, match="either capacity"):
         share_out([3], ranks=1)
+
+
+def test_the_best_of_the_ways_is_taken():
+    """Two rounds on two ranks: (9, 9) then (4, 1) waits for 13 tokens, best fit's (9, 9) then (5) for 14."""
+    lengths = [9, 9, 4, 1]
+    assert narrowest(lengths, 4, 12) == [(0,), (1,), (2, 3)]
+    assert waited_for(lengths, share_out(lengths, ranks=2, capacity=12)) == 13
+
+
+def test_the_fullest_of_a_round_goes_to_the_rank_with_the_fewest_tokens():
+    assert share_out([10, 7, 6, 5], ranks=2, capacity=10) == (((0,), (3,)), ((1,), (2,)))
+
+
+def test_of_equals_the_one_without_idle_ranks_is_taken():
+    assert share_out([40, 1, 1, 1], ranks=4, capacity=50) == (((0,),), ((1,),), ((2,),), ((3,),))

@@ -42,8 +42,8 @@ class Plan:
     """Attributes: receipts to train on, steps of the first run and of those that follow, receipts a step, model."""
 
     count: int = 24_000
-    steps: int = 3000
-    more_steps: int = 800
+    steps: int = 1500
+    more_steps: int = 500
     batch: int = 64
     workers: int = 8
     size: ModelSize = ModelSize(
@@ -69,9 +69,9 @@ def config(plan: Plan, name: str, folder: Path, data: Path, checkpoint: Path, **
         freeze_vision_model=True if projector else None,
         train_iters=plan.steps if full else plan.more_steps,
         global_batch_size=plan.batch,
-        seq_length=8192,
+        seq_length=16384,
         finetune_lr=1e-3 if full else 2e-3,
-        lr_warmup_iters=plan.steps // 20,
+        lr_warmup_iters=(plan.steps if full else plan.more_steps) // 20,
         eval_interval=max(1, (plan.steps if full else plan.more_steps) // 8),
         save_interval=0,
     )

@@ -29,8 +29,11 @@ def share_out(
     if (capacity is None) == (samples is None):
         raise ValueError("give either capacity, to pack by tokens, or samples")
     if capacity is not None:
-        rounds = max(1, math.ceil(len(fill(lengths, capacity)) / ranks))
-        found = [narrowest(lengths, rounds * ranks, capacity), spread(lengths, rounds * ranks, capacity=capacity)]
+        fullest = fill(lengths, capacity)
+        rounds = max(1, math.ceil(len(fullest) / ranks))
+        slots = rounds * ranks
+        # the first of equals leaves the fewest ranks without a sample
+        found = [spread(lengths, slots, capacity=capacity), narrowest(lengths, slots, capacity), fullest]
     else:
         rounds = max(1, math.ceil(len(lengths) / samples / ranks))
         found = [spread(lengths, rounds * ranks, samples=samples)]
