@@ -12,7 +12,7 @@ from m3kernels.models.finetune.optimizer import Trained, make_optimizer, with_ma
 from m3kernels.models.ministral3 import Config, Ministral3, parallelize
 from m3kernels.models.ministral3.adapters import AdapterConfig, add_adapters, reset_adapters, targets_of
 from m3kernels.models.ministral3.loading import load
-from m3kernels.models.ministral3.merging import is_adapter
+from m3kernels.models.ministral3.merging import MAGNITUDE, is_adapter
 from m3kernels.models.ministral3.weights import Checkpoint
 from m3kernels.patching.rules import prepare
 
@@ -146,11 +146,12 @@ def build(
     if sharded:
         trained = with_masters(parameters, None)
     else:
-        # adapters stay in the masters' dtype: the kernels take them beside 16-bit activations
-        whole = {name: p for name, p in parameters.items() if not is_adapter(name)}
+        # a magnitude is near its norm: in bf16 all but large changes of it would be lost
+        magnitudes = {name: p for name, p in parameters.items() if name.endswith(f".{MAGNITUDE}")}
+        others = {name: p for name, p in parameters.items() if name not in magnitudes}
         # bitsandbytes takes gradients of the masters' dtype alone
-        trained = with_masters(whole, computed, narrow_gradients=config.optimizer.name == "adamw")
-        trained.masters.update((name, p) for name, p in parameters.items() if is_adapter(name))
+        trained = with_masters(others, computed, narrow_gradients=config.optimizer.name == "adamw")
+        trained.masters.update(magnitudes)
         prepare(model)
     optimizer = make_optimizer(trained, config.optimizer, seed=config.rng.seed)
     # once more, for the report: backends go by the device that the weights are on by now

@@ -74,7 +74,7 @@ def states_bytes(model: Ministral3, config: FinetuneConfig, tp: int, batch_ranks
             frozen_tower = part_of_name(name) != "language_model"
             weights += (share * batch_ranks if frozen_tower else share) * computed.itemsize
             continue
-        own_master = batch_ranks > 1 or stored == computed or is_adapter(name)
+        own_master = batch_ranks > 1 or stored == computed
         weights += share * (stored.itemsize if own_master else stored.itemsize + computed.itemsize)
         moments = 2 * max(stored.itemsize, 4) if config.optimizer.name == "adamw" else 2
         states += share * (stored.itemsize + moments)

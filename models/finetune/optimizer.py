@@ -35,6 +35,11 @@ class Trained:
             targets, sources = zip(*((local(p), local(m)) for p, m in self.copies))
             torch._foreach_copy_(targets, sources)
 
+    def take_masters(self) -> None:
+        """Parameters become their masters, for what is written after the last step: no more is rounded than must be."""
+        for parameter, master in self.copies:
+            parameter.data = master.detach()
+
     def fill_gradients(self) -> None:
         """Zeros where a step had no use of a parameter, as the vision tower has none without images.
 

@@ -19,10 +19,13 @@ from m3kernels.models.ministral3.weights import Checkpoint
 def export(config: FinetuneConfig, built: Built, folder: Path, *, progress: bool) -> dict[str, Path]:
     """Writes what the configuration asks for; every rank calls it. Folders of an earlier run are replaced.
 
+    The model is not to be trained afterwards: its parameters are the masters then.
+
     Returns:
         folders by what is in them: "model" of a full run; "adapter", and "merged" where asked for.
     """
     model, dtype = built.model, built.dtype
+    built.trained.take_masters()
     if model.adapters is None:
         model.save_pretrained(folder / "model", dtype=dtype, overwrite=True, progress=progress)
         return {"model": folder / "model"}

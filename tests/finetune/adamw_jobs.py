@@ -1,4 +1,4 @@
-"""What the ranks do in test_adamw.py."""
+"""What the ranks do in test_fused_adamw.py."""
 
 import copy
 

@@ -87,8 +87,8 @@ def test_twenty_steps_are_torchs(gradient, factor):
     exact = torch_steps(factor=1.0 if factor is None else torch.tensor(factor).double().to(DEVICE), dtype=torch.float64)
     theirs = torch_steps(factor=1.0 if factor is None else torch.tensor(factor, device=DEVICE))
     for a, b, c in zip(ours, theirs, exact):
-        # two ulps of the numbers, which go up to 4, after all twenty steps
-        torch.testing.assert_close(a, b, rtol=0, atol=5e-7)
+        # twenty steps may each round one way and the other, by half an ulp of numbers up to 4; measured: 5e-7 and 1.7e-6
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-7 if DEVICE == "cpu" else 5e-6)
         if len(a) > 100:
             error, torchs = (float((x - c).square().mean().sqrt()) for x in (a, b))
             assert error < 1.1 * torchs < 4e-7

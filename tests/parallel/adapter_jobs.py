@@ -1,4 +1,4 @@
-"""What the ranks of tests/parallel/test_adapters.py run."""
+"""What the ranks of tests/parallel/test_adapters_sharded.py run."""
 
 import copy
 from contextlib import ExitStack, nullcontext
