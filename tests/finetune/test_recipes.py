@@ -92,10 +92,18 @@ def test_command_line():
 
 
 @pytest.mark.parametrize("scheme, lr, alpha", [("none", 5e-6, 32), ("lora", 1e-4, 32), ("dora", 1e-4, 64)])
-@pytest.mark.parametrize("spelling", ["--peft-scheme {}", "--peft-scheme={}", "peft.scheme={}"])
+@pytest.mark.parametrize(
+    "spelling", ["--peft-scheme {}", "--peft-scheme={}", "peft.scheme={}", "--peft.scheme {}", "--peft.scheme={}"]
+)
 def test_defaults_follow_the_scheme(scheme, lr, alpha, spelling):
     config = parse(["3b", *spelling.format(scheme).split()]).config
     assert (config.peft.scheme, config.optimizer.lr, config.peft.alpha) == (scheme, lr, alpha)
+
+
+def test_none_is_no_value_only_where_a_field_may_have_none():
+    config = parse("3b train.recompute=none scheduler.lr_decay_iters=none name=none --dataset.type hf".split()).config
+    assert (config.train.recompute, config.scheduler.lr_decay_iters, config.name) == ("none", None, "none")
+    assert config.dataset.maker_name == ("make_cord_v2_dataset",)
 
 
 @pytest.mark.parametrize("recipe", ["14b", "--recipe 14b", "--recipe=ministral3_14b_finetune_config"])
