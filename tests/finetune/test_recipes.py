@@ -1,6 +1,7 @@
 """Documented defaults, and the command line that sets every field."""
 
 import dataclasses
+import inspect
 
 import pytest
 
@@ -143,6 +144,26 @@ def test_help_names_fields_and_defaults(capsys):
 def test_what_does_not_fit_is_refused(change, ranks, message):
     with pytest.raises(FinetuneError, match=message):
         check(parse(["3b", change]).config, ranks)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"precision_config": "fp16"}, "train.precision is 'fp16'; allowed: bf16_mixed"),
+        ({"finetune_lr": "1e-4"}, "optimizer.lr is '1e-4'; it must be of type float"),
+        ({"train_iters": True}, "train.train_iters is True; it must be of type int"),
+        ({"train_iters": 1.5}, "train.train_iters is 1.5"),
+        ({"dataset_type": "huggingface"}, "dataset.type is 'huggingface'; allowed: mock"),
+        ({"peft": PeftConfig(target_modules="q_proj")}, "peft.target_modules is 'q_proj'"),
+    ],
+)
+def test_values_of_another_kind_are_refused(options, message):
+    with pytest.raises(FinetuneError, match=message):
+        check(recipes.ministral3_3b_finetune_config(**options), 1)
+
+
+def test_recipes_tell_their_arguments():
+    assert "train_iters" in inspect.signature(recipes.ministral3_8b_finetune_config).parameters
 
 
 def test_schedule():
