@@ -1,6 +1,7 @@
 """The command line of a finetune: documented flags and ``KEY=VALUE`` overrides, both read by tyro into a recipe's fields."""
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ SWITCHES = {
 }
 USAGE = """usage: m3kernels finetune [3b|8b|14b] --pretrained-checkpoint DIR [--dataset-type mock|hf|local]
        [--peft-scheme none|lora|dora] [--[no-]freeze-language-model] [--[no-]freeze-vision-model]
-       [--[no-]freeze-vision-projection] [--dry-run] [KEY=VALUE ...]
+       [--[no-]freeze-vision-projection] [--train-data-path FILE] [--valid-data-path FILE] [--image-folder DIR]
+       [--save-dir DIR] [--on-nonfinite stop|skip] [--dry-run] [KEY=VALUE ...]
 
 Without a size the checkpoint's own is taken. Several GPUs: torchrun --nproc-per-node=8 -m m3kernels.cli finetune ...
 KEY=VALUE sets any field below: train.train_iters=100 is --train.train-iters 100.
@@ -59,6 +61,7 @@ def parse(arguments: Sequence[str]) -> Command:
     rest = [a for a in arguments if a != "--dry-run"]
     size, rest = _size(rest)
     pairs, rest = _assignments(rest)
+    _refuse_misspelt(rest)
     given = _named_fields(rest) | {name.replace("-", "_"): value for name, value in pairs}
     scheme = given.get("peft.scheme", "lora")
     # an unknown scheme is tyro's to refuse
@@ -123,6 +126,16 @@ def _assignments(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]
             rest.append(argument)
         i += 1
     return pairs, rest
+
+
+def _refuse_misspelt(rest: list[str]) -> None:
+    """Raises FinetuneError for what is nearly a documented flag: tyro knows only those of fields, and hints at these."""
+    allowed = [*ALIASES, *SWITCHES, "--dry-run", "--recipe"]
+    for argument in rest:
+        flag = argument.partition("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(flag, allowed, n=1, cutoff=0.8)
+        if flag.startswith("--") and "." not in flag and near:
+            raise FinetuneError(f"there is no option {argument}; did you mean {near[0]}?")
 
 
 def _named_fields(rest: list[str]) -> dict[str, str]:

@@ -58,6 +58,11 @@ def _finetune(config: FinetuneConfig, process: Process, dry_run: bool) -> Result
         if dry_run:
             say(json.dumps(config.to_dict(), indent=2))
         say(summary(config, planned, memory, ranks, data.train.steps_per_epoch))
+        if data.valid is None and config.validation.eval_interval:
+            say("no validation set: nothing is evaluated")
+        if config.scheduler.lr_warmup_iters >= config.train.train_iters:
+            iters = f"{config.train.train_iters} steps, scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}"
+            say(f"note: {iters}: optimizer.lr {config.optimizer.lr} is hardly reached")
         say(f"tokens by {data.encoder.backend}; run folder {where.run}")
         if dry_run:
             return None

@@ -116,6 +116,8 @@ def test_misspelt_options_get_a_hint(capsys):
     with pytest.raises(SystemExit):
         parse(["3b", "train.train_iter=3"])
     assert "--train.train-iters" in capsys.readouterr().err
+    with pytest.raises(FinetuneError, match="did you mean --pretrained-checkpoint"):
+        parse(["3b", "--pretraned-checkpoint", "X"])
     with pytest.raises(FinetuneError, match="allowed: 3b, 8b, 14b"):
         parse(["7b"])
 
