@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from m3kernels.models.finetune.build import build, model_on_meta, open_checkpoint
+from m3kernels.models.finetune.checkpoint import only_writer
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.plan import Plan
@@ -74,6 +75,7 @@ def _finetune(config: FinetuneConfig, process: Process, dry_run: bool) -> Result
         choose_recompute(built.model, config, tp, ranks // tp, gpu)
         if built.fused is not None:
             say(built.fused)
+        stack.enter_context(only_writer(where.checkpoints))
         run = Run(config, process, where, data, built)
         stack.callback(run.close)
         run.resume()
