@@ -8,6 +8,7 @@
 docs/finetune.md compares each default with upstream's.
 """
 
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,6 +158,8 @@ def _named(size: str):
         return _recipe(size, **options)
 
     tp_full, tp_peft = SIZES[size].tp_full, SIZES[size].tp_peft
+    signature = inspect.signature(_recipe)
+    recipe.__signature__ = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "size"])
     recipe.__name__ = recipe.__qualname__ = f"ministral3_{size}_finetune_config"
     recipe.__doc__ = f"""A finetune of Ministral 3 {size.upper()}; ``.train()`` of what it returns runs it.
 

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 1 with bad records; 2 with a message when the set or the checkpoint cannot be read."""
     from m3kernels.models.finetune.config import FinetuneError
     from m3kernels.models.finetune.data.encode import Encoder
-    from m3kernels.models.finetune.data.sources import open_source
+    from m3kernels.models.finetune.data.sources import Source, open_source
 
     # text of any language, also into a pipe that takes ASCII alone
     if hasattr(sys.stdout, "reconfigure"):
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         options = {"max_image_size": config.max_image_size, "system_prompt": config.system_prompt}
         encoder = Encoder.open(args.checkpoint, **options)
         source = open_source(config, "train", seed=getattr(args, "seed", 0))
+        if isinstance(source, Source) and not len(source):
+            raise FinetuneError(f"{source.name} has no records")
         return {"inspect": _inspect, "validate": _validate}[args.action](args, config, source, encoder)
     except (FinetuneError, OSError) as error:
         print(f"m3kernels data {args.action}: {error}", file=sys.stderr)

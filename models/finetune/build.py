@@ -121,9 +121,11 @@ def _add_adapters(model: Ministral3, config: FinetuneConfig, freezes: dict, dtyp
     text = peft.adapt_text and not freezes["language_model"]
     if not (text or peft.adapt_vision or peft.adapt_projector):
         return
-    targets = targets_of(
-        model, names=peft.target_modules, text=text, vision=peft.adapt_vision, projector=peft.adapt_projector
-    )
+    parts = {"text": text, "vision": peft.adapt_vision, "projector": peft.adapt_projector}
+    try:
+        targets = targets_of(model, names=peft.target_modules, **parts)
+    except ValueError as error:
+        raise FinetuneError(f"peft.target_modules: {error}") from error
     options = {"rank": peft.dim, "alpha": peft.alpha, "dropout": peft.dropout, "dora": peft.scheme == "dora"}
     add_adapters(model, AdapterConfig(**options, dtype=dtype), targets)
 

@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from m3kernels.models.finetune.config import FinetuneError
 
 RECORD = "run.json"
+LOCK = ".lock"
 STEP = re.compile(r"step-(\d+)")
 
 
@@ -74,6 +75,39 @@ def from_first(function: Callable[[], object]) -> object:
     found = [function() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other runs from writing into a folder of checkpoints; every rank calls it.
+
+    The lock is the first process's: it ends with that, and forked workers do not have it.
+
+    Raises:
+        FinetuneError: another run has it; on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        if not from_first(lambda: _locked(folder, stack)):
+            raise FinetuneError(f"another run is writing to {folder}: end it, or take another name")
+        yield
+
+
+def _locked(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """False where another process has the lock; where there are no locks every process has it."""
+    try:
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(open(folder / LOCK, "a"))
+    except (ImportError, OSError):  # what is wrong with the folder is told when it is written to
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _told(error: BaseException) -> str:

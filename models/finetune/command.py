@@ -1,6 +1,7 @@
 """The command line of a finetune: documented flags and ``KEY=VALUE`` overrides, both read by tyro into a recipe's fields."""
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ SWITCHES = {
 }
 USAGE = """usage: m3kernels finetune [3b|8b|14b] --pretrained-checkpoint DIR [--dataset-type mock|hf|local]
        [--peft-scheme none|lora|dora] [--[no-]freeze-language-model] [--[no-]freeze-vision-model]
-       [--[no-]freeze-vision-projection] [--dry-run] [KEY=VALUE ...]
+       [--[no-]freeze-vision-projection] [--train-data-path FILE] [--valid-data-path FILE] [--image-folder DIR]
+       [--save-dir DIR] [--on-nonfinite stop|skip] [--dry-run] [KEY=VALUE ...]
 
 Without a size the checkpoint's own is taken. Several GPUs: torchrun --nproc-per-node=8 -m m3kernels.cli finetune ...
 KEY=VALUE sets any field below: train.train_iters=100 is --train.train-iters 100.
@@ -59,7 +61,8 @@ def parse(arguments: Sequence[str]) -> Command:
     rest = [a for a in arguments if a != "--dry-run"]
     size, rest = _size(rest)
     pairs, rest = _assignments(rest)
-    given = dict(pairs)
+    _refuse_misspelt(rest)
+    given = _named_fields(rest) | {name.replace("-", "_"): value for name, value in pairs}
     scheme = given.get("peft.scheme", "lora")
     # an unknown scheme is tyro's to refuse
     recipe = RECIPES[size or _size_of(given)](peft=scheme if scheme in SCHEMES else "lora")
@@ -125,10 +128,32 @@ def _assignments(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]
     return pairs, rest
 
 
+def _refuse_misspelt(rest: list[str]) -> None:
+    """Raises FinetuneError for what is nearly a documented flag: tyro knows only those of fields, and hints at these."""
+    allowed = [*ALIASES, *SWITCHES, "--dry-run", "--recipe"]
+    for argument in rest:
+        flag = argument.partition("=")[0].replace("_", "-")
+        near = difflib.get_close_matches(flag, allowed, n=1, cutoff=0.8)
+        if flag.startswith("--") and "." not in flag and near:
+            raise FinetuneError(f"there is no option {argument}; did you mean {near[0]}?")
+
+
+def _named_fields(rest: list[str]) -> dict[str, str]:
+    """Fields that are given as tyro's own flags, ``--peft.scheme none`` or ``--peft.scheme=none``: recipes depend on some."""
+    found = {}
+    for argument, after in zip(rest, [*rest[1:], ""]):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            found[name.replace("-", "_")] = value if equals else after
+    return found
+
+
 def _values(name: str, value: str) -> list[str]:
     """The words of a value: those of a tuple are separated by commas, brackets may stand around them."""
-    value = "None" if value in ("null", "none") and name != "peft.scheme" else value
-    if not _is_tuple(name):
+    kind = _type_of(name)
+    if value in ("null", "none") and type(None) in typing.get_args(kind):
+        value = "None"
+    if typing.get_origin(kind) is not tuple:
         return [_boolean(value)]
     return [word.strip(" '\"") for word in value.strip("[]()").split(",") if word.strip()]
 
@@ -137,14 +162,15 @@ def _boolean(value: str) -> str:
     return {"true": "True", "false": "False"}.get(value, value)
 
 
-def _is_tuple(name: str) -> bool:
+def _type_of(name: str):
+    """A field's by its dotted name; None of a name that there is not, which tyro refuses."""
     kind = FinetuneConfig
     for part in name.split("."):
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if part.replace("-", "_") not in fields:
-            return False
+            return None
         kind = fields[part.replace("-", "_")]
-    return typing.get_origin(kind) is tuple
+    return kind
 
 
 def _size_of(given: dict[str, str]) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,7 @@ def value(config: FinetuneConfig, name: str):
 
 def check(config: FinetuneConfig, ranks: int) -> None:
     """Raises FinetuneError where values do not fit together or to the number of processes."""
+    _check_kinds(config)
     for name, least in AT_LEAST:
         if value(config, name) < least:
             raise FinetuneError(f"{name} is {value(config, name)}; allowed: from {least}")
@@ -74,6 +77,30 @@ def check(config: FinetuneConfig, ranks: int) -> None:
             f"{ranks} processes do not divide into model.tensor_model_parallel_size {tp} x model.replicate {copies}: start "
             f"torchrun with --nproc-per-node={tp * copies} or a multiple of it, or change these"
         )
+
+
+def _check_kinds(config, before: str = "") -> None:
+    """Values that a command line would not have let pass, such as numbers as text; configurations are also made in Python."""
+    kinds = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, kind, found = before + field.name, kinds[field.name], getattr(config, field.name)
+        if dataclasses.is_dataclass(kind):
+            _check_kinds(found, f"{name}.")
+        elif typing.get_origin(kind) is typing.Literal:
+            if found not in typing.get_args(kind):
+                raise FinetuneError(f"{name} is {found!r}; allowed: {', '.join(typing.get_args(kind))}")
+        elif not _is_of(found, kind):
+            raise FinetuneError(f"{name} is {found!r}; it must be of type {getattr(kind, '__name__', kind)}")
+
+
+def _is_of(found, kind) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(found, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(found, (tuple, list)) and all(_is_of(item, typing.get_args(kind)[0]) for item in found)
+    if isinstance(found, bool):
+        return kind is bool
+    return isinstance(found, (int, float) if kind is float else kind)
 
 
 def _check_data(config: FinetuneConfig) -> None:

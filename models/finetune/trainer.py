@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from m3kernels.models.finetune.build import build, model_on_meta, open_checkpoint
+from m3kernels.models.finetune.checkpoint import only_writer
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.plan import Plan
@@ -53,6 +54,11 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         if dry_run:
             say(json.dumps(config.to_dict(), indent=2))
         say(summary(config, planned, memory, ranks, data.train.steps_per_epoch))
+        if data.valid is None and config.validation.eval_interval:
+            say("no validation set: nothing is evaluated")
+        if config.scheduler.lr_warmup_iters >= config.train.train_iters:
+            iters = f"{config.train.train_iters} steps, scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}"
+            say(f"note: {iters}: optimizer.lr {config.optimizer.lr} is hardly reached")
         say(f"tokens by {data.encoder.backend}; run folder {where.run}")
         if dry_run:
             return None
@@ -65,6 +71,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         if built.fused is not None:
             say(built.fused)
         say(f"optimizer: {config.optimizer.name}, {getattr(built.optimizer, 'backend', 'bitsandbytes')}")
+        stack.enter_context(only_writer(where.checkpoints))
         run = Run(config, process, where, data, built)
         stack.callback(run.close)
         run.resume()

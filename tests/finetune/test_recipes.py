@@ -1,6 +1,7 @@
 """Documented defaults, and the command line that sets every field."""
 
 import dataclasses
+import inspect
 
 import pytest
 
@@ -92,10 +93,18 @@ def test_command_line():
 
 
 @pytest.mark.parametrize("scheme, lr, alpha", [("none", 5e-6, 32), ("lora", 1e-4, 32), ("dora", 1e-4, 64)])
-@pytest.mark.parametrize("spelling", ["--peft-scheme {}", "--peft-scheme={}", "peft.scheme={}"])
+@pytest.mark.parametrize(
+    "spelling", ["--peft-scheme {}", "--peft-scheme={}", "peft.scheme={}", "--peft.scheme {}", "--peft.scheme={}"]
+)
 def test_defaults_follow_the_scheme(scheme, lr, alpha, spelling):
     config = parse(["3b", *spelling.format(scheme).split()]).config
     assert (config.peft.scheme, config.optimizer.lr, config.peft.alpha) == (scheme, lr, alpha)
+
+
+def test_none_is_no_value_only_where_a_field_may_have_none():
+    config = parse("3b train.recompute=none scheduler.lr_decay_iters=none name=none --dataset.type hf".split()).config
+    assert (config.train.recompute, config.scheduler.lr_decay_iters, config.name) == ("none", None, "none")
+    assert config.dataset.maker_name == ("make_cord_v2_dataset",)
 
 
 @pytest.mark.parametrize("recipe", ["14b", "--recipe 14b", "--recipe=ministral3_14b_finetune_config"])
@@ -107,6 +116,8 @@ def test_misspelt_options_get_a_hint(capsys):
     with pytest.raises(SystemExit):
         parse(["3b", "train.train_iter=3"])
     assert "--train.train-iters" in capsys.readouterr().err
+    with pytest.raises(FinetuneError, match="did you mean --pretrained-checkpoint"):
+        parse(["3b", "--pretraned-checkpoint", "X"])
     with pytest.raises(FinetuneError, match="allowed: 3b, 8b, 14b"):
         parse(["7b"])
 
@@ -135,6 +146,26 @@ def test_help_names_fields_and_defaults(capsys):
 def test_what_does_not_fit_is_refused(change, ranks, message):
     with pytest.raises(FinetuneError, match=message):
         check(parse(["3b", change]).config, ranks)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"precision_config": "fp16"}, "train.precision is 'fp16'; allowed: bf16_mixed"),
+        ({"finetune_lr": "1e-4"}, "optimizer.lr is '1e-4'; it must be of type float"),
+        ({"train_iters": True}, "train.train_iters is True; it must be of type int"),
+        ({"train_iters": 1.5}, "train.train_iters is 1.5"),
+        ({"dataset_type": "huggingface"}, "dataset.type is 'huggingface'; allowed: mock"),
+        ({"peft": PeftConfig(target_modules="q_proj")}, "peft.target_modules is 'q_proj'"),
+    ],
+)
+def test_values_of_another_kind_are_refused(options, message):
+    with pytest.raises(FinetuneError, match=message):
+        check(recipes.ministral3_3b_finetune_config(**options), 1)
+
+
+def test_recipes_tell_their_arguments():
+    assert "train_iters" in inspect.signature(recipes.ministral3_8b_finetune_config).parameters
 
 
 def test_schedule():

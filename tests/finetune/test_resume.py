@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import pytest
 import runs
@@ -69,10 +71,20 @@ def test_a_run_begins_from_another_folders_checkpoint(checkpoint, begun):
     made = runs.config(checkpoint, begun, f"checkpoint.load={begun}/default/checkpoints", scheme="lora")
     runs.run(dataclasses.replace(made, name="branch"))
     assert [row["step"] for row in runs.rows(begun / "branch")] == [3, 4]
-    assert sorted(p.name for p in (begun / "branch/checkpoints").iterdir()) == ["step-000004"]
+    assert sorted(p.name for p in (begun / "branch/checkpoints").glob("step-*")) == ["step-000004"]
     nowhere = runs.config(checkpoint, begun, f"checkpoint.load={begun}/nowhere", scheme="lora")
     with pytest.raises(FinetuneError, match="nowhere holds no complete step-N checkpoint"):
         runs.run(nowhere)
+
+
+def test_two_runs_do_not_write_to_one_folder(checkpoint, begun):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(begun / "default/checkpoints/.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FinetuneError, match="another run is writing to"):
+            runs.run(runs.config(checkpoint, begun, HALF, scheme="lora"))
+        other.communicate("\n")
 
 
 def test_a_finished_run_that_is_started_again_exports_again(checkpoint, begun):

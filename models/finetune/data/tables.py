@@ -66,7 +66,9 @@ class JsonLines:
             file.seek(int(offset))
             line = file.readline()
         try:
-            return json.loads(line)
+            return json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise BadRecord(self.where(i), f"the line is no JSON ({error.msg}: character {error.pos + 1})") from error
         except ValueError as error:
             raise BadRecord(self.where(i), f"the line is no JSON ({error})") from error
 
