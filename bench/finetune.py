@@ -235,7 +235,8 @@ def with_table(text: str, rows: list[dict], name: str) -> str:
     first = next(row for row in rows if "failed" not in row)
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
     note = f"Medians of {first['steps']} steps, optimizer included, on one {first['gpu']}; {versions}; "
-    note += f"commit {first['commit']}; `{name}`."
+    modes = {row["mode"]: row["commit"] for row in rows if "failed" not in row}
+    note += ", ".join(f"{mode} at commit {commit}" for mode, commit in modes.items()) + f"; `{name}`."
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{note}\n{END}{rest.split(END)[1]}"
 

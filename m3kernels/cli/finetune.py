@@ -1,5 +1,6 @@
 """Finetune Ministral 3 with LoRA, DoRA or all weights, on one GPU, several (torchrun), or a CPU."""
 
+import os
 import sys
 
 HELP = "LoRA, DoRA or full finetune, on one process or under torchrun"
@@ -19,6 +20,8 @@ def run(arguments: list[str]) -> int:
         command = parse(arguments)
         finetune(command.config, dry_run=command.dry_run)
     except (FinetuneError, AdapterError, CheckpointError, ParallelError) as error:
-        print(f"m3kernels finetune: {error}", file=sys.stderr)
+        # what every rank found before it began, the first one says
+        if os.environ.get("RANK", "0") == "0" or not getattr(error, "on_all_ranks", False):
+            print(f"m3kernels finetune: {error}", file=sys.stderr)
         return 2
     return 0

@@ -131,6 +131,7 @@ class Checkpointer:
     def __init__(self, folder: Path, *, keep: int, async_save: bool):
         self.folder, self.keep = folder, keep
         self.best_step: int | None = None
+        self._best_there: int | None = None
         self._pending: tuple[object, Path, Path] | None = None
         # threads of their own must not share collectives with the training
         self._group = dist.new_group(backend="gloo") if async_save and dist.get_world_size() > 1 else None
@@ -216,8 +217,10 @@ class Checkpointer:
         whole = complete(self.folder)
         if not self.keep:
             return
+        # a best one that could not be written leaves the best before it
+        self._best_there = self.best_step if self.best_step in whole else self._best_there
         for step in list(whole)[: -self.keep]:
-            if step != self.best_step:
+            if step != self._best_there:
                 _discard(whole[step])
 
     def load(self, checkpoint: Path, tensors: dict[str, Tensor]) -> bool:

@@ -9,7 +9,13 @@ from typing import Literal
 
 
 class FinetuneError(ValueError):
-    """A run that cannot be started or go on; the message says what was given, what is allowed and what to do."""
+    """A run that cannot be started or go on; the message says what was given, what is allowed and what to do.
+
+    Attributes:
+        on_all_ranks: whether every rank raises it with the same message, so that one of them is enough to say it.
+    """
+
+    on_all_ranks = False
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def peak_flops(device: torch.device) -> float | None:
 def summary(config: FinetuneConfig, model: Ministral3, memory: Memory, ranks: int, steps_per_epoch: int | None) -> str:
     """What ``--dry-run`` prints, and a run before it begins."""
     tp = config.model.tensor_model_parallel_size
-    lines = [f"layout: {ranks} ranks = data parallel {ranks // tp} x tensor parallel {tp}"]
+    lines = [f"layout: {ranks} rank{'s' if ranks > 1 else ''} = data parallel {ranks // tp} x tensor parallel {tp}"]
     if config.model.replicate > 1:
         lines[-1] += f", of which {config.model.replicate} copies"
     lines.append(f"{'part':<24}{'parameters':>16}{'trained':>16}{'adapters':>14}")

@@ -1,5 +1,6 @@
 """What a run says while it goes: ``metrics.jsonl`` always, TensorBoard and W&B when asked for, a line on the console, a plot."""
 
+import importlib
 import json
 import sys
 import time
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
+from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError, LoggerConfig
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
@@ -42,14 +43,21 @@ class JsonLines:
         self.file.close()
 
 
+def check_installed(logger: LoggerConfig) -> None:
+    """Raises FinetuneError where a library that is to be logged to is not there; before anything is loaded."""
+    asked = {"tensorboard_dir": "tensorboard"} if logger.tensorboard_dir else {}
+    asked |= {"wandb_project": "wandb"} if logger.wandb_project else {}
+    for field, library in asked.items():
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise FinetuneError(f"logger.{field} needs {library}: pip install it, or leave the option out") from error
+
+
 class TensorBoard:
     def __init__(self, folder: str, first_step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise FinetuneError(
-                "logger.tensorboard_dir needs tensorboard: pip install it, or leave the option out"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(folder, purge_step=first_step)
 
     def write(self, step: int, values: Mapping) -> None:
@@ -63,10 +71,8 @@ class TensorBoard:
 
 class WandB:
     def __init__(self, config: FinetuneConfig, folder: Path):
-        try:
-            import wandb
-        except ImportError as error:
-            raise FinetuneError("logger.wandb_project needs wandb: pip install it, or leave the option out") from error
+        import wandb
+
         self.run = wandb.init(
             project=config.logger.wandb_project,
             entity=config.logger.wandb_entity,

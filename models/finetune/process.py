@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
         yield Process(dist.get_rank(), dist.get_world_size(), _device())
         return
     device = _device()
+    # a gradient norm over two dimensions of the mesh takes two small collectives: nothing that a user could change
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes, seconds=BEYOND_WATCH_S)
     if "RANK" in os.environ:

@@ -1,12 +1,15 @@
 """A finetune run from a configuration to exported weights."""
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from m3kernels.models.finetune import metrics
 from m3kernels.models.finetune.build import build, model_on_meta, open_checkpoint
 from m3kernels.models.finetune.checkpoint import only_writer
 from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
@@ -14,11 +17,12 @@ from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.plan import Plan
 from m3kernels.models.finetune.data.sources import open_source
 from m3kernels.models.finetune.estimate import choose_recompute, summary
-from m3kernels.models.finetune.process import StopSignals, Watch, process_group
+from m3kernels.models.finetune.process import Process, StopSignals, Watch, process_group
 from m3kernels.models.finetune.progress import Data, Result
-from m3kernels.models.finetune.resolve import check, folders
+from m3kernels.models.finetune.resolve import Folders, check, folders
 from m3kernels.models.finetune.run import Run
 from m3kernels.models.ministral3 import sharding
+from m3kernels.models.ministral3.weights import Checkpoint
 from m3kernels.parallel import make_mesh
 
 
@@ -34,52 +38,78 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         CheckpointError: the pretrained checkpoint is not.
     """
     with ExitStack() as stack:
-        # 1. processes, folders, and checks that cost nothing
         process = stack.enter_context(process_group(config.train.timeout_minutes))
         say = print if process.first else _silent
-        tp, copies = config.model.tensor_model_parallel_size, config.model.replicate
-        # one process is enough to see what several would do
-        ranks = tp * copies if dry_run and process.size == 1 else process.size
-        check(config, ranks)
-        where = folders(config)
-
-        # 2. what is read, trained and needed, while no weight is loaded
-        checkpoint = open_checkpoint(config)
-        data = open_data(config, checkpoint.folder)
-        planned = model_on_meta(config, checkpoint)
-        sharding.check(planned.config, tp)
-        on_gpu = process.device.type == "cuda"
-        gpu = torch.cuda.get_device_properties(process.device).total_memory if on_gpu else None
-        memory = choose_recompute(planned, config, tp, ranks // tp, gpu)
-        if dry_run:
-            say(json.dumps(config.to_dict(), indent=2))
-        say(summary(config, planned, memory, ranks, data.train.steps_per_epoch))
-        if data.valid is None and config.validation.eval_interval:
-            say("no validation set: nothing is evaluated")
-        if config.scheduler.lr_warmup_iters >= config.train.train_iters:
-            iters = f"{config.train.train_iters} steps, scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}"
-            say(f"note: {iters}: optimizer.lr {config.optimizer.lr} is hardly reached")
-        say(f"tokens by {data.encoder.backend}; run folder {where.run}")
+        try:
+            planned = plan(config, process, dry_run, say)
+        except Exception as error:
+            # no rank has begun, and each found the same
+            error.on_all_ranks = True
+            raise
         if dry_run:
             return None
+        tp, device = planned.tp, process.device
 
-        # 3. the model, and the state of an earlier run; ranks that share layers draw the same dropout
+        # the model, and the state of an earlier run; ranks that share layers draw the same dropout
         torch.manual_seed(config.rng.seed + dist.get_rank() // tp)
-        mesh = make_mesh(tp=tp, replicate=copies, device_type=process.device.type)
-        built = build(config, checkpoint, mesh, process.device, progress=process.first)
-        choose_recompute(built.model, config, tp, ranks // tp, gpu)
+        mesh = make_mesh(tp=tp, replicate=config.model.replicate, device_type=device.type)
+        built = build(config, planned.checkpoint, mesh, device, progress=process.first)
+        choose_recompute(built.model, config, tp, process.size // tp, planned.gpu_bytes)
         if built.fused is not None:
-            say(built.fused)
+            say(built.fused if device.type == "cuda" else "no GPU: plain PyTorch in place of the kernels")
         say(f"optimizer: {config.optimizer.name}, {getattr(built.optimizer, 'backend', 'bitsandbytes')}")
-        stack.enter_context(only_writer(where.checkpoints))
-        run = Run(config, process, where, data, built)
+        stack.enter_context(only_writer(planned.where.checkpoints))
+        run = Run(config, process, planned.where, planned.data, built)
         stack.callback(run.close)
         run.resume()
 
-        # 4. steps, then what is left behind
+        # steps, then what is left behind
         with StopSignals() as signals, Watch(config.train.timeout_minutes * 60, run.stack_file, process.rank) as watch:
             loss = run.steps(signals, watch)
         return run.finish(loss)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before a weight is loaded.
+
+    Attributes:
+        gpu_bytes: memory of this rank's GPU, None without one.
+    """
+
+    where: Folders
+    checkpoint: Checkpoint
+    data: Data
+    tp: int
+    gpu_bytes: int | None
+
+
+def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[[object], None]) -> Planned:
+    """Checks what can be checked while it costs nothing, and says what will be trained, where, and in how much memory."""
+    tp = config.model.tensor_model_parallel_size
+    # one process is enough to see what several would do
+    ranks = tp * config.model.replicate if dry_run and process.size == 1 else process.size
+    check(config, ranks)
+    metrics.check_installed(config.logger)
+    where = folders(config)
+
+    checkpoint = open_checkpoint(config)
+    data = open_data(config, checkpoint.folder)
+    model = model_on_meta(config, checkpoint)
+    sharding.check(model.config, tp)
+    on_gpu = process.device.type == "cuda"
+    gpu_bytes = torch.cuda.get_device_properties(process.device).total_memory if on_gpu else None
+    memory = choose_recompute(model, config, tp, ranks // tp, gpu_bytes)
+    if dry_run:
+        say(json.dumps(config.to_dict(), indent=2))
+    say(summary(config, model, memory, ranks, data.train.steps_per_epoch))
+    if data.valid is None and config.validation.eval_interval:
+        say("no validation set: nothing is evaluated")
+    if config.scheduler.lr_warmup_iters >= config.train.train_iters:
+        iters = f"{config.train.train_iters} steps, scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}"
+        say(f"note: {iters}: optimizer.lr {config.optimizer.lr} is hardly reached")
+    say(f"tokens by {data.encoder.backend}; run folder {where.run}")
+    return Planned(where, checkpoint, data, tp, gpu_bytes)
 
 
 def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:

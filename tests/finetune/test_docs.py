@@ -1,10 +1,13 @@
 """docs/finetune.md says what the code does."""
 
+import json
 import re
 from pathlib import Path
 
+import learn_receipts
 import pytest
 
+from m3kernels.bench import finetune
 from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.data.makers import all_makers
 from m3kernels.models.finetune.resolve import value
@@ -31,3 +34,19 @@ def test_fields_that_the_page_names_are_there():
 def test_makers_that_the_page_names_are_all():
     named = set(re.findall(r"`(make_\w+_dataset)`", PAGE))
     assert named == all_makers().keys() - {"make_mock_dataset", "make_local_dataset"}
+
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def test_tables_are_those_of_the_kept_files():
+    steps = sorted(RESULTS.glob("*/*-finetune.ndjson"))[-1]
+    rows = [json.loads(line) for line in steps.read_text(encoding="utf-8").splitlines()]
+    assert finetune.with_table(PAGE, rows, steps.name) == PAGE
+    summary = sorted(RESULTS.glob("*/*-receipts/summary.json"))[-1]
+    receipts = json.loads(summary.read_text(encoding="utf-8"))
+    assert learn_receipts.with_table(PAGE, receipts, summary.parent.name) == PAGE
+    assert all(receipts[kind]["exact"] >= least for kind, least in receipts["required"].items())
+    for kind in ("lora", "dora", "projector"):
+        # ours computes in bf16, what reloads it in fp32
+        assert abs(receipts[kind]["exact"] - receipts[kind]["reloaded"]) <= 0.01

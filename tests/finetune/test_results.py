@@ -8,7 +8,7 @@ from pool import run
 from safetensors.torch import load_file, save_file
 from transformers import Mistral3ForConditionalGeneration
 
-from m3kernels.models.finetune import metrics, results
+from m3kernels.models.finetune import results
 from m3kernels.models.finetune.config import FinetuneError
 from m3kernels.models.finetune.trainer import finetune
 from m3kernels.models.ministral3.files import CheckpointError
@@ -89,7 +89,7 @@ def test_weights_and_biases(checkpoint, tmp_path, monkeypatch):
     assert [step for step, values in logged if "loss" in values] == [1, 2]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(FinetuneError, match="needs wandb: pip install it"):
-        metrics.WandB(runs.config(checkpoint, tmp_path), tmp_path)
+        finetune(runs.config(checkpoint, tmp_path, "logger.wandb_project=p"), dry_run=True)
 
 
 def test_a_run_that_is_over_says_so(checkpoint, tmp_path, capsys):
