@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from m3kernels.models.finetune.build import DTYPES, PARTS, part_of_name
-from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
+from m3kernels.models.finetune.config import FinetuneConfig
 from m3kernels.models.ministral3 import Ministral3, set_recompute
 from m3kernels.models.ministral3.merging import is_adapter
 from m3kernels.models.ministral3.recompute import kept_bytes, least_recompute
@@ -84,45 +84,61 @@ def states_bytes(model: Ministral3, config: FinetuneConfig, tp: int, batch_ranks
 def choose_recompute(
     model: Ministral3, config: FinetuneConfig, tp: int, batch_ranks: int, memory: int | None
 ) -> Memory:
-    """Sets what the layers recompute and says what a rank will need.
+    """Sets what layers of text model and vision tower recompute, and says what a rank will need.
 
     Args:
-        memory: bytes of the GPU; None on a CPU, where ``auto`` recomputes nothing.
-
-    Raises:
-        FinetuneError: it does not fit although everything is recomputed.
+        memory: bytes of the GPU; None on a CPU, where ``auto`` recomputes nothing. Where all that is known does not fit,
+            everything is recomputed: the estimate takes forwards for full, and all of them for images.
     """
-    text, tokens = model.model.language_model, config.dataset.seq_length
+    text = model.model.language_model
     _, dtype = DTYPES[config.train.precision]
-    kept = kept_bytes(text.config, tokens, dtype, tp)
-    layers = len(text.layers)
+    kept = kept_bytes(text.config, config.dataset.seq_length, dtype, tp)
     weights, states = states_bytes(model, config, tp, batch_ranks)
-    # gathered layers of FSDP2, two at a time, and the widest intermediate values of one
+    step = _step_bytes(model, tp, batch_ranks, kept["none"], dtype)
+    vision = {mode: _vision_bytes(model, config, dtype, mode) for mode in ("none", "all")}
+    asked = config.train.recompute
+    if asked == "auto" and memory is not None:
+        budget = int(memory * (1 - SPARE) - weights - states - step)
+        tower, modes = _least(kept, len(text.layers), vision, budget)
+    else:
+        tower, modes = ("all" if asked in ("attention", "all") else "none"), "none" if asked == "auto" else asked
+    set_recompute(model, modes)
+    if model.config.vision is not None:
+        model.model.vision_tower.recompute = tower
+    return Memory(weights, states, sum(kept[mode] for mode in text.recompute), step + vision[tower])
+
+
+def _step_bytes(model: Ministral3, tp: int, batch_ranks: int, widest: int, dtype: torch.dtype) -> int:
+    """Logits of a chunk, the widest values of one layer, and what FSDP2 has gathered: two layers, embedding and head."""
+    text = model.model.language_model
     layer = sum(p.numel() for p in text.layers[0].parameters()) / tp * dtype.itemsize
     embedding = text.embed_tokens.weight.numel() / tp * dtype.itemsize
-    other = LOGITS_BYTES + kept["none"] + (2 * layer + 2 * embedding if batch_ranks > 1 else 0)
-    if model.config.vision is not None:
-        vision = model.config.vision
-        patches = 4 * tokens
-        wide = 14 * vision.hidden_size + 4 * vision.intermediate_size
-        trained = any(p.requires_grad for name, p in model.named_parameters() if part_of_name(name) != "language_model")
-        other += patches * wide * dtype.itemsize * (vision.num_layers if trained else 1)
-    mode = config.train.recompute
-    if mode != "auto":
-        set_recompute(model, mode)
-    elif memory is None:
-        set_recompute(model, "none")
-    else:
-        budget = int(memory * (1 - SPARE) - weights - states - other)
+    return int(LOGITS_BYTES + widest + (2 * layer + 2 * embedding if batch_ranks > 1 else 0))
+
+
+def _vision_bytes(model: Ministral3, config: FinetuneConfig, dtype: torch.dtype, mode: str) -> int:
+    """Activations of the tower for a forward that is all images; nothing is kept of one that is frozen."""
+    vision = model.config.vision
+    if vision is None:
+        return 0
+    patches = config.dataset.seq_length * vision.spatial_merge_size**2
+    one = patches * (14 * vision.hidden_size + 4 * vision.intermediate_size) * dtype.itemsize
+    if not any(p.requires_grad for p in model.model.vision_tower.parameters()):
+        return one
+    inputs = patches * vision.hidden_size * dtype.itemsize
+    return vision.num_layers * (one if mode == "none" else inputs) + (0 if mode == "none" else one)
+
+
+def _least(kept: dict[str, int], layers: int, vision: dict[str, int], budget: int) -> tuple[str, tuple[str, ...]]:
+    """Modes of tower and decoder layers that fit: the tower recomputes before the decoder recomputes its attention."""
+    for tower, worst in (("none", ("none", "cheap", "attention")), ("all", tuple(kept))):
         try:
-            set_recompute(model, least_recompute(kept, layers, budget))
-        except ValueError as error:
-            raise FinetuneError(
-                f"this does not fit: weights {weights / GIB:.1f} GiB, gradients and optimizer {states / GIB:.1f}, a step's own "
-                f"{other / GIB:.1f}, of {memory / GIB:.1f} GiB; {error}. Take more ranks (tensor_model_parallel_size or data "
-                "parallel), peft.scheme=lora, train.precision=bf16_stochastic, or a smaller dataset.seq_length"
-            ) from error
-    return Memory(weights, states, sum(kept[m] for m in text.recompute), int(other))
+            modes = least_recompute(kept, layers, budget - vision[tower])
+        except ValueError:
+            continue
+        if set(modes) <= set(worst):
+            return tower, modes
+    return "all", ("all",) * layers
 
 
 def flops_a_token(model: Ministral3, config: FinetuneConfig) -> float:
@@ -167,6 +183,8 @@ def summary(config: FinetuneConfig, model: Ministral3, memory: Memory, ranks: in
         f"memory a rank, estimated: {memory.total / GIB:.2f} GiB = weights {memory.weights / GIB:.2f} + gradients and optimizer "
         f"{memory.states / GIB:.2f} + activations {memory.activations / GIB:.2f} + a step's own {memory.other / GIB:.2f}"
     )
+    if model.config.vision is not None and model.model.vision_tower.recompute == "all":
+        chosen += ", all of the vision tower's"
     lines.append(f"recompute: {chosen} of {len(modes)} layers")
     if steps_per_epoch is None:
         lines.append(f"{config.train.train_iters} steps of a stream")

@@ -16,7 +16,7 @@ from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.plan import Plan
 from m3kernels.models.finetune.data.sources import open_source
-from m3kernels.models.finetune.estimate import choose_recompute, summary
+from m3kernels.models.finetune.estimate import GIB, choose_recompute, summary
 from m3kernels.models.finetune.process import Process, StopSignals, Watch, process_group
 from m3kernels.models.finetune.progress import Data, Result
 from m3kernels.models.finetune.resolve import Folders, check, folders
@@ -103,6 +103,11 @@ def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[
     if dry_run:
         say(json.dumps(config.to_dict(), indent=2))
     say(summary(config, model, memory, ranks, data.train.steps_per_epoch))
+    if gpu_bytes is not None and memory.total > gpu_bytes:
+        say(
+            f"WARNING: that may not fit into {gpu_bytes / GIB:.1f} GiB: take more ranks (tensor_model_parallel_size or data "
+            "parallel), peft.scheme=lora, train.precision=bf16_stochastic, or a smaller dataset.seq_length"
+        )
     if data.valid is None and config.validation.eval_interval:
         say("no validation set: nothing is evaluated")
     if config.scheduler.lr_warmup_iters >= config.train.train_iters:

@@ -4,6 +4,8 @@ none        everything
 cheap       no outputs of norms and SwiGLU: made again from what their own backward keeps (rotary keeps nothing anyway)
 attention   the layer's input, and attention's output with its log-sum-exp: all is recomputed but attention
 all         the layer's input
+
+Layers of the vision tower recompute what ``model.model.vision_tower.recompute`` says, nothing by default.
 """
 
 from collections.abc import Callable, Sequence

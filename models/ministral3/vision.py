@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from m3kernels.models.ministral3.config import VisionConfig
 from m3kernels.models.ministral3.layers import MLP, Constant, Linear, RMSNorm, SequenceAttention, Sequences, rotate
+from m3kernels.models.ministral3.recompute import RUN
 from m3kernels.ops import rotary_2d_table
 from m3kernels.parallel import local
 
@@ -74,6 +75,7 @@ class VisionTower(nn.Module):
         self.patch_conv = PatchEmbedding(*shape)
         self.ln_pre = RMSNorm(config.hidden_size, EPS)
         self.transformer = VisionTransformer(config)
+        self.recompute = "none"  # of every layer; see recompute.RUN
         self.inv_freq = Constant(config.inv_freq())
 
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
@@ -82,8 +84,9 @@ class VisionTower(nn.Module):
         table_PK = rotary_2d_table(self.inv_freq.on(x_PD.device), places(grids, x_PD.device))
         lengths = tuple(rows * columns for rows, columns in grids)
         images = Sequences(lengths, (-1,) * len(grids), x_PD.device)
+        run = RUN[self.recompute if torch.is_grad_enabled() else "none"]
         for layer in self.transformer.layers[: self.config.feature_layer]:
-            x_PD = layer(x_PD, table_PK, images)
+            x_PD = run(layer, x_PD, table_PK, images)
         return x_PD
 
 

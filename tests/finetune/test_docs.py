@@ -50,3 +50,13 @@ def test_tables_are_those_of_the_kept_files():
     for kind in ("lora", "dora", "projector"):
         # ours computes in bf16, what reloads it in fp32
         assert abs(receipts[kind]["exact"] - receipts[kind]["reloaded"]) <= 0.01
+
+
+def test_the_readme_has_the_same_steps():
+    steps = sorted(RESULTS.glob("*/*-finetune.ndjson"))[-1]
+    rows = [json.loads(line) for line in steps.read_text(encoding="utf-8").splitlines()]
+    ms = {(row["mode"], row["peer"]): f"{row['ms']:.0f}" for row in rows}
+    full, lora = ([ms[mode, peer] for peer in (finetune.MIXED, finetune.LIGER)] for mode in ("full", "lora"))
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    said = f"takes {full[0]} ms (Hugging Face's Trainer with Liger parts {full[1]}), with LoRA {lora[0]} ({lora[1]})"
+    assert said in readme

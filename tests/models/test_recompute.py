@@ -51,6 +51,19 @@ def test_with_images_and_dropout(mode):
     assert_same(trained(ours, batch), want, FP64)
 
 
+@pytest.mark.parametrize("patched", [False, True], ids=["eager", "patched"])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_the_vision_tower_recomputes_by_itself(mode, patched, device):
+    ours = model("vlm", patched, device)
+    batch = vlm_batch(ours, IMAGES)
+    want, calls = trained(ours, batch), []
+    tower = ours.model.vision_tower
+    tower.recompute = mode
+    tower.transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_same(trained(ours, batch), want, 0.0)
+    assert len(calls) == (1 if mode == "cheap" else 2)
+
+
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_dropout_of_adapters_is_drawn_alike(mode):
     from peft import LoraConfig, get_peft_model
