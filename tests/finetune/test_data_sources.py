@@ -101,6 +101,21 @@ def test_jsonl_reads_lines_on_demand_and_names_bad_ones(tmp_path):
             source[wrong]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("before", ["", "\n  ", "\ufeff"])
+def test_a_json_list_named_jsonl_is_told_once(tmp_path, indent, before):
+    path = tmp_path / "a.jsonl"
+    path.write_text(before + json.dumps([{"messages": [A, B]}] * 3, indent=indent), encoding="utf-8")
+    with pytest.raises(FinetuneError, match=r"a\.jsonl is one JSON list, not a line for each record: name it \.json$"):
+        JsonLines(path)
+
+
+def test_lines_of_lists_are_not_called_one_list(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["", [A, B], [A, B]])
+    with pytest.raises(FinetuneError, match=r"^a\.jsonl:2 is a list; each line must be an object"):
+        JsonLines(path)
+
+
 def test_json_and_parquet_and_saved_datasets(tmp_path):
     rows = [{"messages": [A, B]}] * 3
     (tmp_path / "a.json").write_text(json.dumps(rows))

@@ -1,5 +1,6 @@
 """Rows of JSONL, JSON and parquet files, saved datasets and the Hub, read when they are asked for."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -39,7 +40,11 @@ class Table(Protocol):
 
 
 class JsonLines:
-    """A JSONL file of which only the places of its lines are in memory."""
+    """A JSONL file of which only the places of its lines are in memory.
+
+    Raises:
+        FinetuneError: its first line begins a list.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder, self.name = path, path.parent, path.name
@@ -54,23 +59,39 @@ class JsonLines:
                 at += len(line)
         self.offsets, self.lines = np.asarray(offsets, dtype=np.int64), np.asarray(lines, dtype=np.int64)
         self.fingerprint = digest.hexdigest()
+        self._refuse_a_list()
         self.columns = _first_columns(self)
+
+    def _refuse_a_list(self) -> None:
+        if not len(self) or not self._line(0).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return
+        try:
+            is_whole = len(self) > 1 and isinstance(self.row(0), list)
+        except BadRecord:
+            is_whole = False
+        if is_whole:
+            raise FinetuneError(
+                f'{self.where(0)} is a list; each line must be an object, such as {{"messages": [...]}}'
+            )
+        raise FinetuneError(f"{self.path} is one JSON list, not a line for each record: name it .json")
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def row(self, i: int) -> dict:
-        offset = self.offsets[_checked(i, len(self))]
-        # opened each time: a handle shared by forked workers would share its position
-        with self.path.open("rb") as file:
-            file.seek(int(offset))
-            line = file.readline()
+        line = self._line(_checked(i, len(self)))
         try:
             return json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise BadRecord(self.where(i), f"the line is no JSON ({error.msg}: character {error.pos + 1})") from error
         except ValueError as error:
             raise BadRecord(self.where(i), f"the line is no JSON ({error})") from error
+
+    def _line(self, i: int) -> bytes:
+        # opened each time: a handle shared by forked workers would share its position
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[i]))
+            return file.readline()
 
     def where(self, i: int) -> str:
         return f"{self.name}:{self.lines[i]}"
