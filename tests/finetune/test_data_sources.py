@@ -77,8 +77,15 @@ def test_rows_of_users_files(row, expected, tmp_path):
         ),
         ({"messages": [B], "images": ["a"]}, "no user turn"),
         ({"conversations": [{"from": "robot", "value": "A"}]}, "from 'robot'"),
-        ({"messages": [3]}, "turn 0 is a int"),
-        ([], "a row is a list"),
+        ({"conversations": [{"from": ["human"], "value": "A"}]}, "^turn 0 is from a list; allowed: human"),
+        ({"messages": [3]}, "^turn 0 is a number; it must be an object$"),
+        ({"messages": "A"}, "^messages is a string; it must be a list of turns$"),
+        ({"messages": [{"role": "user", "content": True}, B]}, "^content is true; it must be text or a list of parts$"),
+        ({"messages": [{"role": "user", "content": {}}, B]}, "^content is an object; it must"),
+        ({"messages": [{"role": "user", "content": [None]}, B]}, "^a part is null; it must be text"),
+        ([], "^a row is a list; it must be an object$"),
+        (None, "^a row is null; it must be an object$"),
+        (b"", "^a row is a value of type bytes; it must be an object$"),
     ],
 )
 def test_rows_that_are_none_say_why(row, reason):
@@ -130,7 +137,7 @@ def test_json_and_parquet_and_saved_datasets(tmp_path):
     with pytest.raises(NoSplit, match="without splits"):
         make_local_dataset(path=str(tmp_path / "saved"), split="validation")
     (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(FinetuneError, match="must be a list of objects"):
+    with pytest.raises(FinetuneError, match="b.json holds an object; it must be a list of objects"):
         make_local_dataset(path=str(tmp_path / "b.json"))
     (tmp_path / "c.txt").write_text("")
     for name, reason in [("c.txt", "unknown kind"), ("none/there/at.all", "does not exist")]:

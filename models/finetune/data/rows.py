@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from m3kernels.models.finetune.data.records import BadRecord, image_part, text_part
+from m3kernels.models.finetune.data.records import BadRecord, image_part, kind_of, text_part
 from m3kernels.models.finetune.data.urls import is_url
 
 CONVERSATIONS = ("conversation", "messages", "conversations")
@@ -27,13 +27,13 @@ def read_row(row: dict, *, folder: Path | None) -> dict:
         BadRecord: none or several of these columns, or another number of markers than of images.
     """
     if not isinstance(row, dict):
-        raise BadRecord("", f"a row is a {type(row).__name__}; it must be an object")
+        raise BadRecord("", f"a row is {kind_of(row)}; it must be an object")
     given = [name for name in CONVERSATIONS if row.get(name) is not None]
     if len(given) != 1:
         raise BadRecord("", f"the row has {sorted(row)}; exactly one of {', '.join(CONVERSATIONS)} is needed")
     messages = row[given[0]]
     if not isinstance(messages, (list, tuple)):
-        raise BadRecord("", f"{given[0]} is a {type(messages).__name__}; it must be a list of turns")
+        raise BadRecord("", f"{given[0]} is {kind_of(messages)}; it must be a list of turns")
     turns = [_turn(message, f"turn {n}", llava=given[0] == "conversations") for n, message in enumerate(messages)]
     images = _images(row)
     if given[0] == "conversation" and not images:
@@ -48,14 +48,16 @@ def read_row(row: dict, *, folder: Path | None) -> dict:
 
 def _turn(message, label: str, *, llava: bool) -> dict:
     if not isinstance(message, dict):
-        raise BadRecord("", f"{label} is a {type(message).__name__}; it must be an object")
+        raise BadRecord("", f"{label} is {kind_of(message)}; it must be an object")
     # tables fill the fields that a row lacks with None
     message = {key: value for key, value in message.items() if value is not None}
     if not llava or "from" not in message:
         return message
-    role = _LLAVA_ROLES.get(message["from"])
+    speaker = message["from"]
+    role = _LLAVA_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise BadRecord("", f"{label} is from {message['from']!r}; allowed: {', '.join(_LLAVA_ROLES)}")
+        given = repr(speaker) if isinstance(speaker, str) else kind_of(speaker)
+        raise BadRecord("", f"{label} is from {given}; allowed: {', '.join(_LLAVA_ROLES)}")
     return {"role": role, "content": message.get("value", "")}
 
 
@@ -89,7 +91,7 @@ def _parts(content, *, markers: bool) -> list:
     if content is None or isinstance(content, str):
         content = [text_part(content)] if content else []
     if not isinstance(content, (list, tuple)):
-        raise BadRecord("", f"content is a {type(content).__name__}; it must be text or a list of parts")
+        raise BadRecord("", f"content is {kind_of(content)}; it must be text or a list of parts")
     parts = []
     for part in content:
         part = _part(part)
@@ -107,7 +109,7 @@ def _part(part) -> dict:
     if isinstance(part, str):
         return text_part(part)
     if not isinstance(part, dict):
-        raise BadRecord("", f"a part is a {type(part).__name__}; it must be text or an object with a type")
+        raise BadRecord("", f"a part is {kind_of(part)}; it must be text or an object with a type")
     part = {key: value for key, value in part.items() if value is not None}
     if part.get("type") == "image":
         return image_part(next((part[key] for key in ("image", "path", "url") if key in part), None))

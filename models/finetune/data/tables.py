@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from m3kernels.models.finetune.config import FinetuneError
-from m3kernels.models.finetune.data.records import BadRecord
+from m3kernels.models.finetune.data.records import BadRecord, kind_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _BLOCK = 2**20
@@ -108,7 +108,7 @@ class JsonList:
         except ValueError as error:
             raise FinetuneError(f"{path} is no JSON ({error}); one object a line goes into a .jsonl file") from error
         if not isinstance(self.rows, list):
-            raise FinetuneError(f"{path} holds a {type(self.rows).__name__}; it must be a list of objects, or .jsonl")
+            raise FinetuneError(f"{path} holds {kind_of(self.rows)}; it must be a list of objects, or .jsonl")
         self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
         self.columns = _first_columns(self)
 
