@@ -208,6 +208,7 @@ def test_too_long_is_cut_at_a_turn(backend):
         ([user("A"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])], "no JSON"),
         ([{"role": "tool", "content": "1"}, assistant("B")], "answers no tool call"),
         ([user({"type": "image", "image": "/nowhere/a.png"}), assistant("B")], "a.png does not exist"),
+        ([user({"type": "image", "image": "/"}), assistant("B")], "the image / is a folder; an image is one file"),
         ([user({"type": "image", "image": 7}), assistant("B")], "is given as a number; allowed: a path"),
         ([user({"type": "image", "image": {"bytes": [137]}}), assistant("B")], "an image's bytes are a list; JSON"),
         ([user({"type": "image", "image": {"bytes": b"text", "path": None}}), assistant("B")], "no image that Pillow"),

@@ -109,6 +109,8 @@ def _stream(reference) -> tuple:
     if not isinstance(reference, (str, Path)) or not str(reference):
         raise BadRecord("", f"an image is given as {label}; allowed: a path, an http(s) URL, bytes or a PIL image")
     path = Path(reference)
+    if path.is_dir():
+        raise BadRecord("", f"the image {path} is a folder; an image is one file")
     if not path.is_file():
         raise BadRecord("", f"the image {path} does not exist")
     return path, label
