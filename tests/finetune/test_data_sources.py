@@ -20,6 +20,8 @@ from m3kernels.models.finetune.data.rows import read_row
 from m3kernels.models.finetune.data.sources import Source, Stream, open_source
 from m3kernels.models.finetune.data.tables import ArrowRows, JsonLines
 
+IN_ANSWER = "^<image> stands in an assistant turn; images go into user turns$"
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -42,8 +44,8 @@ def own_cache(tmp_path, monkeypatch):
             [("user", "/f/a", "A"), ("assistant", "B"), ("user", "C", "/f/b"), ("assistant", "B")],
         ),
         (
-            {"conversations": [{"from": "human", "value": "<image>\nA"}, {"from": "gpt", "value": "B <image>"}], "image": "a"},
-            [("user", "/f/a", "A"), ("assistant", "B <image>")],
+            {"conversations": [{"from": "human", "value": "<image>\nA"}, {"from": "gpt", "value": "B"}], "image": "a"},
+            [("user", "/f/a", "A"), ("assistant", "B")],
         ),
         (
             {"conversation": [A | {"content": [{"type": "image", "path": "a"}, {"type": "text", "text": "<image>"}]}, B]},
@@ -56,6 +58,11 @@ def own_cache(tmp_path, monkeypatch):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://h/a"}}]}, B]},
             [("user", "http://h/a"), ("assistant", "B")],
+        ),
+        (
+            # without images it is text of its own, such as a tag of RSS
+            {"messages": [A, B | {"content": "B <image>"}], "images": []},
+            [("user", "A"), ("assistant", "B <image>")],
         ),
         ({"messages": [A, B], "images": None, "conversation": None}, [("user", "A"), ("assistant", "B")]),
     ],
@@ -76,6 +83,15 @@ def test_rows_of_users_files(row, expected, tmp_path):
             "1 <image> markers and 2 images",
         ),
         ({"messages": [B], "images": ["a"]}, "no user turn"),
+        ({"messages": [A, B | {"content": "B <image>"}], "images": ["a"]}, IN_ANSWER),
+        ({"messages": [A | {"content": "<image>A"}, B | {"content": ["B<image>"]}], "images": ["a", "b"]}, IN_ANSWER),
+        (
+            {
+                "conversations": [{"from": "human", "value": "<image>A"}, {"from": "gpt", "value": "<image>"}],
+                "image": "a",
+            },
+            IN_ANSWER,
+        ),
         ({"conversations": [{"from": "robot", "value": "A"}]}, "from 'robot'"),
         ({"conversations": [{"from": ["human"], "value": "A"}]}, "^turn 0 is from a list; allowed: human"),
         ({"messages": [3]}, "^turn 0 is a number; it must be an object$"),

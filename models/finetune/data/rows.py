@@ -18,13 +18,15 @@ def read_row(row: dict, *, folder: Path | None) -> dict:
     """The record of a row with one of ``messages``, LLaVA's ``conversations``, or ``conversation``.
 
     Images of ``image`` or ``images`` take the places of ``<image>`` markers and of image parts without an image, in
-    order over the whole conversation; without any they come first in the first user turn.
+    order over the whole conversation; without any they come first in the first user turn. In a row without images
+    ``<image>`` in an assistant turn is text.
 
     Args:
         folder: what relative image paths are relative to.
 
     Raises:
-        BadRecord: none or several of these columns, or another number of markers than of images.
+        BadRecord: none or several of these columns, another number of markers than of images, or a marker in an
+            assistant turn.
     """
     if not isinstance(row, dict):
         raise BadRecord("", f"a row is {kind_of(row)}; it must be an object")
@@ -70,6 +72,11 @@ def _images(row: dict) -> list:
 
 def _place(turns: list[dict], images: list) -> list[dict]:
     placed = [turn | {"content": _parts(turn.get("content"), markers=turn.get("role") == "user")} for turn in turns]
+    # it would be learnt as text, and its image be shown elsewhere
+    if images and any(
+        _has_marker(part) for turn in placed if turn.get("role") == "assistant" for part in turn["content"]
+    ):
+        raise BadRecord("", f"{MARKER} stands in an assistant turn; images go into user turns")
     empty = [part for part in _each_part(placed) if part.get("type") == "image" and part.get("image") is None]
     if not empty and images:
         first = next((turn for turn in placed if turn.get("role") == "user"), None)
@@ -84,6 +91,10 @@ def _place(turns: list[dict], images: list) -> list[dict]:
     for part, image in zip(empty, images):
         part["image"] = image
     return placed
+
+
+def _has_marker(part: dict) -> bool:
+    return part.get("type") == "text" and isinstance(part.get("text"), str) and MARKER in part["text"]
 
 
 def _parts(content, *, markers: bool) -> list:
