@@ -1,6 +1,7 @@
 """A finetune run from a configuration to exported weights."""
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
 
         # 2. what is read, trained and needed, while no weight is loaded
         checkpoint = open_checkpoint(config)
-        data = open_data(config, checkpoint.folder)
+        data = open_data(config, checkpoint.folder, say)
         planned = model_on_meta(config, checkpoint)
         sharding.check(planned.config, tp)
         on_gpu = process.device.type == "cuda"
@@ -82,7 +83,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         return run.finish(loss)
 
 
-def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:
+def open_data(config: FinetuneConfig, checkpoint: Path, say: Callable[[str], None]) -> Data:
     """Sets, their encoder and the order in which they are seen.
 
     Raises:
@@ -103,7 +104,7 @@ def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:
     if source is None:
         raise FinetuneError(f"there is no training set: dataset.split={data.split!r}, dataset.type={data.type}")
     plan = Plan(source, encoder, shuffle=data.shuffle, **options)
-    valid = open_source(data, "valid", seed=config.rng.seed) if config.validation.eval_interval else None
+    valid = open_source(data, "valid", seed=config.rng.seed, say=say) if config.validation.eval_interval else None
     return Data(plan, None if valid is None else Plan(valid, encoder, shuffle=False, **options), encoder)
 
 

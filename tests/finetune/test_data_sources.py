@@ -250,6 +250,22 @@ def test_open_source_by_configuration(tmp_path):
             open_source(wrong, split, seed=0)
 
 
+def test_makers_without_a_validation_split_are_named(tmp_path):
+    row = {"image": "a.png", "ground_truth": json.dumps(RECEIPT)}
+    both, one = tmp_path / "both", tmp_path / "one"
+    write_lines(both / "train.jsonl", [row])
+    write_lines(both / "validation.jsonl", [row] * 2)
+    write_lines(one / "train.jsonl", [row])
+    said = []
+    config = DatasetConfig(type="hf", maker_name=("cord_v2", "make_cord_v2_dataset"), path=(str(both), str(one)))
+    assert len(open_source(config, "valid", seed=0, say=said.append)) == 2
+    left_out = (
+        f"note: make_cord_v2_dataset is not in the validation set: {one} has no split 'validation'; it has: train"
+    )
+    assert said == [left_out]
+    assert len(open_source(config, "train", seed=0, say=said.append)) == 2 and said == [left_out]
+
+
 def test_a_validation_path_never_becomes_training_data(tmp_path):
     good = {"messages": [A, B]}
     write_lines(tmp_path / "split" / "train.jsonl", [good] * 3)
