@@ -8,10 +8,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from data_files import RECEIPT, A, B, parquet, picture, shown, write_lines
+from data_files import RECEIPT, A, B, embedded, parquet, picture, shown, write_lines
 
 from m3kernels.models.finetune.config import DatasetConfig, FinetuneError
 from m3kernels.models.finetune.data.makers.local import make_local_dataset
+from m3kernels.models.finetune.data.makers.raven import make_raven_dataset
 from m3kernels.models.finetune.data.makers.rdr import make_rdr_dataset
 from m3kernels.models.finetune.data.mixture import Mixture
 from m3kernels.models.finetune.data.opening import NoSplit, RowStream
@@ -162,6 +163,26 @@ def test_json_and_parquet_and_saved_datasets(tmp_path):
     write_lines(tmp_path / "wrong.jsonl", [{"text": "A"}])
     with pytest.raises(FinetuneError, match="has the columns text; one of conversation"):
         make_local_dataset(path=str(tmp_path / "wrong.jsonl"))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bars_are_drawn_on_a_terminal_alone(tmp_path, capfd, monkeypatch, terminal):
+    features = {"images": datasets.List(datasets.Image()), "texts": [{"user": datasets.Value("string")}]}
+    pictures = {"images": [[embedded(picture(tmp_path))]], "texts": [[{"user": "A"}]]}
+    parquet(tmp_path / "set" / "train.parquet", pictures, features)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    capfd.readouterr()
+    assert len(make_raven_dataset(path=str(tmp_path / "set"))) == 1
+    err = capfd.readouterr().err
+    for bar in ("Generating train split", "Casting the dataset"):
+        assert (bar in err) == terminal, err
+    assert not datasets.utils.are_progress_bars_disabled(), "the caller's own bars are gone"
+    datasets.disable_progress_bars()
+    try:
+        make_raven_dataset(path=str(tmp_path / "set"))
+        assert datasets.utils.are_progress_bars_disabled(), "the caller had them disabled"
+    finally:
+        datasets.enable_progress_bars()
 
 
 def test_fingerprints_change_with_the_data(tmp_path):

@@ -4,7 +4,9 @@ import codecs
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -266,7 +268,8 @@ def open_file(path: Path) -> Table:
         return JsonList(path)
     if path.suffix == ".parquet":
         datasets = need_datasets("parquet files")
-        data = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        with bars_on_terminals():
+            data = datasets.load_dataset("parquet", data_files=str(path), split="train")
         return ArrowRows(
             data, name=path.name, place=f"{path.name} row ", fingerprint=file_fingerprint(path), folder=path.parent
         )
@@ -282,15 +285,31 @@ def need_datasets(what: str):
     return datasets
 
 
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Within it datasets draws progress bars only where stderr is a terminal: in a pipe each state of a bar is a line."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def undecoded(data):
     """The same Dataset or IterableDataset, its images as bytes or paths, also those in lists."""
     from datasets import Image, List
 
-    for name, feature in (data.features or {}).items():
-        if isinstance(feature, Image):
-            data = data.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            data = data.cast_column(name, List(Image(decode=False)))
+    with bars_on_terminals():
+        for name, feature in (data.features or {}).items():
+            if isinstance(feature, Image):
+                data = data.cast_column(name, Image(decode=False))
+            elif isinstance(feature, List) and isinstance(feature.feature, Image):
+                data = data.cast_column(name, List(Image(decode=False)))
     return data
 
 
