@@ -223,6 +223,17 @@ def test_packed_forwards_are_shown_as_the_plan_has_them(file, capsys):
     assert sum(shown.supervised for shown in group.samples) == micro.supervised
 
 
+def test_a_bad_record_of_packed_forwards_is_shown_once():
+    good = question([], "Hi", "Hello")
+    records = Records([question([], "Hi", " "), good, question([], "Hi", "")])
+    plan = Plan(records, Encoder.open(mistral_folder()), seed=3, global_batch_size=12, seq_length=99)
+    tried = [where for sample in plan.layout(0, 1).samples for where, _ in sample.bad]
+    assert len(tried) > 8, "nothing is tried twice here"
+    bad, *_ = show_packed(plan, step=0, count=1)
+    assert sorted(shown.where for shown in bad.samples) == ["records:0", "records:2"]
+    assert {shown.reason for shown in bad.samples} == {"turn 1: empty answer"}
+
+
 def test_spans_are_all_tokens_with_their_supervision():
     encoder = Encoder.open(mistral_folder())
     images = [Image.new("RGB", (56, 28)), Image.new("RGB", (28, 84))]
