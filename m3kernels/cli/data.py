@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# of bad records, in the summary
+REASONS = 20
 HELP = "training data: show samples as they are trained on, find bad records"
 
 
@@ -179,6 +181,11 @@ def _print_report(report, global_batch_size: int) -> None:
     if report.cut:
         named = ", ".join(where for where, _ in report.cut[:5]) + (", ..." if len(report.cut) > 5 else "")
         rows.append(("cut at a turn", f"{len(report.cut):,} longer than {report.seq_length:,} tokens: {named}"))
+    reasons = report.reasons()
+    rows += [("bad", f"{count:,} x {printable(reason)}") for reason, count in reasons[:REASONS]]
+    if len(reasons) > REASONS:
+        rest = sum(count for _, count in reasons[REASONS:])
+        rows.append(("bad", f"{rest:,} for {len(reasons) - REASONS:,} other reasons"))
     print("\n".join(f"{name:<16} {value}" for name, value in rows))
 
 

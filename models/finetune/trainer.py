@@ -94,7 +94,7 @@ def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[
     where = folders(config)
 
     checkpoint = open_checkpoint(config)
-    data = open_data(config, checkpoint.folder)
+    data = open_data(config, checkpoint.folder, say)
     model = model_on_meta(config, checkpoint)
     sharding.check(model.config, tp)
     on_gpu = process.device.type == "cuda"
@@ -117,8 +117,8 @@ def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[
     return Planned(where, checkpoint, data, tp, gpu_bytes)
 
 
-def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:
-    """Sets, their encoder and the order in which they are seen.
+def open_data(config: FinetuneConfig, checkpoint: Path, say: Callable[[object], None]) -> Data:
+    """Sets, their encoder and the order in which they are seen; ``say`` is told of sets without a validation split.
 
     Raises:
         FinetuneError: a set that is not there or has other columns, a checkpoint without a tokenizer.
@@ -138,7 +138,7 @@ def open_data(config: FinetuneConfig, checkpoint: Path) -> Data:
     if source is None:
         raise FinetuneError(f"there is no training set: dataset.split={data.split!r}, dataset.type={data.type}")
     plan = Plan(source, encoder, shuffle=data.shuffle, **options)
-    valid = open_source(data, "valid", seed=config.rng.seed) if config.validation.eval_interval else None
+    valid = open_source(data, "valid", seed=config.rng.seed, say=say) if config.validation.eval_interval else None
     return Data(plan, None if valid is None else Plan(valid, encoder, shuffle=False, **options), encoder)
 
 

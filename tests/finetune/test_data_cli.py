@@ -18,7 +18,7 @@ from m3kernels.models.finetune.data.inspect import Group, show_packed, show_samp
 from m3kernels.models.finetune.data.inspect_views import html_page, print_groups
 from m3kernels.models.finetune.data.plan import Plan
 from m3kernels.models.finetune.data.records import question
-from m3kernels.models.finetune.data.validate import Report, check_record
+from m3kernels.models.finetune.data.validate import Checked, Report, check_record
 
 
 def turns(prompt: str, answer: str, **columns) -> dict:
@@ -97,6 +97,50 @@ def test_validate_prints_what_there_is(file, capsys):
     assert "train.jsonl:9: turn 1: empty answer\n" in out
     assert "12, 9 bad (75.00%)" in out and "2 steps of 2 samples" in out
     assert "1 longer than 100 tokens: train.jsonl:12" in out
+
+
+def test_validate_ends_with_the_reasons_and_their_counts(folder, capsys, monkeypatch):
+    rows = [turns("What? <image>", "Gone.", image=f"my pics/{n}.png") for n in range(12)]
+    rows += [turns("Hi", " ")] * 3 + [turns("<image>" * n, "One.", image="good.png") for n in (2, 3)]
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, turns("Hi", "Hello"), {"messages": "A"}]))
+    expected = [
+        ("the image … does not exist", 12),
+        # one wording alone is kept as it is
+        ("turn 1: empty answer", 3),
+        ("the row has … <image> markers and … images; there must be as many", 2),
+        ("messages is a string; it must be a list of turns", 1),
+    ]
+    assert main(["data", "validate", *options(path, "--num-workers", "0")]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert [line for line in out if line.startswith("bad ")] == [
+        f"bad              {n} x {reason}" for reason, n in expected
+    ]
+    assert out[-4:] == [line for line in out if line.startswith("bad ")] and out[0].startswith(
+        "many.jsonl:1: the image /"
+    )
+    assert main(["data", "validate", *options(path, "--num-workers", "0", "--json")]) == 1
+    told = json.loads(capsys.readouterr().out)["reasons"]
+    assert [(row["reason"], row["records"]) for row in told] == expected
+    monkeypatch.setattr("m3kernels.cli.data.REASONS", 2)
+    main(["data", "validate", *options(path, "--num-workers", "0")])
+    assert capsys.readouterr().out.splitlines()[-1] == "bad              3 for 2 other reasons"
+
+
+def test_reasons_differ_where_their_words_do():
+    report = Report("set", 10)
+    said = [
+        "the first answer's end, seq_length is 100", "the first answer's end, seq_length is 99", "http://a.b/c answered",
+        "https://x.y/z.png?q answered", "part of type 'a b'", "part of type 'c'", "role of type 'c'",
+    ]  # fmt: skip
+    for n, reason in enumerate(said):
+        report.add(Checked(f"set:{n}", reason))
+    assert report.reasons() == [
+        ("the first answer's end, seq_length is …", 2),
+        ("… answered", 2),
+        ("part of type …", 2),
+        ("role of type 'c'", 1),
+    ]
 
 
 def test_validate_of_good_data_exits_0_and_stops_at_the_limit(capsys):
@@ -221,6 +265,17 @@ def test_packed_forwards_are_shown_as_the_plan_has_them(file, capsys):
     assert [line.split()[0] for line in out.split("\n") if line.startswith("mock:")] == list(micro.samples)
     (group,) = show_packed(plan, step=2, count=1)
     assert sum(shown.supervised for shown in group.samples) == micro.supervised
+
+
+def test_a_bad_record_of_packed_forwards_is_shown_once():
+    good = question([], "Hi", "Hello")
+    records = Records([question([], "Hi", " "), good, question([], "Hi", "")])
+    plan = Plan(records, Encoder.open(mistral_folder()), seed=3, global_batch_size=12, seq_length=99)
+    tried = [where for sample in plan.layout(0, 1).samples for where, _ in sample.bad]
+    assert len(tried) > 8, "nothing is tried twice here"
+    bad, *_ = show_packed(plan, step=0, count=1)
+    assert sorted(shown.where for shown in bad.samples) == ["records:0", "records:2"]
+    assert {shown.reason for shown in bad.samples} == {"turn 1: empty answer"}
 
 
 def test_spans_are_all_tokens_with_their_supervision():

@@ -11,6 +11,7 @@ from data_files import RECEIPT, RECEIPT_TEXT, embedded, parquet, picture, shown,
 from m3kernels.models.finetune.config import DatasetConfig, FinetuneError
 from m3kernels.models.finetune.data.makers import all_makers, find_maker
 from m3kernels.models.finetune.data.makers.cord_v2 import json_to_tokens, make_cord_v2_dataset
+from m3kernels.models.finetune.data.makers.fields import text_field
 from m3kernels.models.finetune.data.makers.medpix import make_medpix_dataset
 from m3kernels.models.finetune.data.makers.mock import make_mock_dataset
 from m3kernels.models.finetune.data.makers.raven import make_raven_dataset
@@ -202,3 +203,9 @@ def test_sets_of_the_hub_by_index_and_as_streams(tmp_path, monkeypatch):
         find_maker("gsm8k")(path="nobody/none")
     with pytest.raises(FinetuneError, match="needed: image, ground_truth"):
         find_maker("cord_v2")()
+
+
+@pytest.mark.parametrize("value, given", [(None, "null"), (3, "a number"), (" ", "' '"), (["A"], "a list")])
+def test_text_fields_say_what_they_have(value, given):
+    with pytest.raises(BadRecord, match=f"^answer is {given}; it must be text that is not empty$"):
+        text_field({"answer": value}, "answer")

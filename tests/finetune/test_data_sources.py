@@ -8,10 +8,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from data_files import RECEIPT, A, B, parquet, picture, shown, write_lines
+from data_files import RECEIPT, A, B, embedded, parquet, picture, shown, write_lines
 
 from m3kernels.models.finetune.config import DatasetConfig, FinetuneError
 from m3kernels.models.finetune.data.makers.local import make_local_dataset
+from m3kernels.models.finetune.data.makers.raven import make_raven_dataset
 from m3kernels.models.finetune.data.makers.rdr import make_rdr_dataset
 from m3kernels.models.finetune.data.mixture import Mixture
 from m3kernels.models.finetune.data.opening import NoSplit, RowStream
@@ -19,6 +20,8 @@ from m3kernels.models.finetune.data.records import BadRecord
 from m3kernels.models.finetune.data.rows import read_row
 from m3kernels.models.finetune.data.sources import Source, Stream, open_source
 from m3kernels.models.finetune.data.tables import ArrowRows, JsonLines
+
+IN_ANSWER = "^<image> stands in an assistant turn; images go into user turns$"
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +45,8 @@ def own_cache(tmp_path, monkeypatch):
             [("user", "/f/a", "A"), ("assistant", "B"), ("user", "C", "/f/b"), ("assistant", "B")],
         ),
         (
-            {"conversations": [{"from": "human", "value": "<image>\nA"}, {"from": "gpt", "value": "B <image>"}], "image": "a"},
-            [("user", "/f/a", "A"), ("assistant", "B <image>")],
+            {"conversations": [{"from": "human", "value": "<image>\nA"}, {"from": "gpt", "value": "B"}], "image": "a"},
+            [("user", "/f/a", "A"), ("assistant", "B")],
         ),
         (
             {"conversation": [A | {"content": [{"type": "image", "path": "a"}, {"type": "text", "text": "<image>"}]}, B]},
@@ -56,6 +59,11 @@ def own_cache(tmp_path, monkeypatch):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://h/a"}}]}, B]},
             [("user", "http://h/a"), ("assistant", "B")],
+        ),
+        (
+            # without images it is text of its own, such as a tag of RSS
+            {"messages": [A, B | {"content": "B <image>"}], "images": []},
+            [("user", "A"), ("assistant", "B <image>")],
         ),
         ({"messages": [A, B], "images": None, "conversation": None}, [("user", "A"), ("assistant", "B")]),
     ],
@@ -76,9 +84,25 @@ def test_rows_of_users_files(row, expected, tmp_path):
             "1 <image> markers and 2 images",
         ),
         ({"messages": [B], "images": ["a"]}, "no user turn"),
+        ({"messages": [A, B | {"content": "B <image>"}], "images": ["a"]}, IN_ANSWER),
+        ({"messages": [A | {"content": "<image>A"}, B | {"content": ["B<image>"]}], "images": ["a", "b"]}, IN_ANSWER),
+        (
+            {
+                "conversations": [{"from": "human", "value": "<image>A"}, {"from": "gpt", "value": "<image>"}],
+                "image": "a",
+            },
+            IN_ANSWER,
+        ),
         ({"conversations": [{"from": "robot", "value": "A"}]}, "from 'robot'"),
-        ({"messages": [3]}, "turn 0 is a int"),
-        ([], "a row is a list"),
+        ({"conversations": [{"from": ["human"], "value": "A"}]}, "^turn 0 is from a list; allowed: human"),
+        ({"messages": [3]}, "^turn 0 is a number; it must be an object$"),
+        ({"messages": "A"}, "^messages is a string; it must be a list of turns$"),
+        ({"messages": [{"role": "user", "content": True}, B]}, "^content is true; it must be text or a list of parts$"),
+        ({"messages": [{"role": "user", "content": {}}, B]}, "^content is an object; it must"),
+        ({"messages": [{"role": "user", "content": [None]}, B]}, "^a part is null; it must be text"),
+        ([], "^a row is a list; it must be an object$"),
+        (None, "^a row is null; it must be an object$"),
+        (b"", "^a row is a value of type bytes; it must be an object$"),
     ],
 )
 def test_rows_that_are_none_say_why(row, reason):
@@ -101,6 +125,21 @@ def test_jsonl_reads_lines_on_demand_and_names_bad_ones(tmp_path):
             source[wrong]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("before", ["", "\n  ", "\ufeff"])
+def test_a_json_list_named_jsonl_is_told_once(tmp_path, indent, before):
+    path = tmp_path / "a.jsonl"
+    path.write_text(before + json.dumps([{"messages": [A, B]}] * 3, indent=indent), encoding="utf-8")
+    with pytest.raises(FinetuneError, match=r"a\.jsonl is one JSON list, not a line for each record: name it \.json$"):
+        JsonLines(path)
+
+
+def test_lines_of_lists_are_not_called_one_list(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["", [A, B], [A, B]])
+    with pytest.raises(FinetuneError, match=r"^a\.jsonl:2 is a list; each line must be an object"):
+        JsonLines(path)
+
+
 def test_json_and_parquet_and_saved_datasets(tmp_path):
     rows = [{"messages": [A, B]}] * 3
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -115,7 +154,7 @@ def test_json_and_parquet_and_saved_datasets(tmp_path):
     with pytest.raises(NoSplit, match="without splits"):
         make_local_dataset(path=str(tmp_path / "saved"), split="validation")
     (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(FinetuneError, match="must be a list of objects"):
+    with pytest.raises(FinetuneError, match="b.json holds an object; it must be a list of objects"):
         make_local_dataset(path=str(tmp_path / "b.json"))
     (tmp_path / "c.txt").write_text("")
     for name, reason in [("c.txt", "unknown kind"), ("none/there/at.all", "does not exist")]:
@@ -124,6 +163,26 @@ def test_json_and_parquet_and_saved_datasets(tmp_path):
     write_lines(tmp_path / "wrong.jsonl", [{"text": "A"}])
     with pytest.raises(FinetuneError, match="has the columns text; one of conversation"):
         make_local_dataset(path=str(tmp_path / "wrong.jsonl"))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bars_are_drawn_on_a_terminal_alone(tmp_path, capfd, monkeypatch, terminal):
+    features = {"images": datasets.List(datasets.Image()), "texts": [{"user": datasets.Value("string")}]}
+    pictures = {"images": [[embedded(picture(tmp_path))]], "texts": [[{"user": "A"}]]}
+    parquet(tmp_path / "set" / "train.parquet", pictures, features)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    capfd.readouterr()
+    assert len(make_raven_dataset(path=str(tmp_path / "set"))) == 1
+    err = capfd.readouterr().err
+    for bar in ("Generating train split", "Casting the dataset"):
+        assert (bar in err) == terminal, err
+    assert not datasets.utils.are_progress_bars_disabled(), "the caller's own bars are gone"
+    datasets.disable_progress_bars()
+    try:
+        make_raven_dataset(path=str(tmp_path / "set"))
+        assert datasets.utils.are_progress_bars_disabled(), "the caller had them disabled"
+    finally:
+        datasets.enable_progress_bars()
 
 
 def test_fingerprints_change_with_the_data(tmp_path):
@@ -210,6 +269,22 @@ def test_open_source_by_configuration(tmp_path):
     ]:  # fmt: skip
         with pytest.raises(FinetuneError, match=reason):
             open_source(wrong, split, seed=0)
+
+
+def test_makers_without_a_validation_split_are_named(tmp_path):
+    row = {"image": "a.png", "ground_truth": json.dumps(RECEIPT)}
+    both, one = tmp_path / "both", tmp_path / "one"
+    write_lines(both / "train.jsonl", [row])
+    write_lines(both / "validation.jsonl", [row] * 2)
+    write_lines(one / "train.jsonl", [row])
+    said = []
+    config = DatasetConfig(type="hf", maker_name=("cord_v2", "make_cord_v2_dataset"), path=(str(both), str(one)))
+    assert len(open_source(config, "valid", seed=0, say=said.append)) == 2
+    left_out = (
+        f"note: make_cord_v2_dataset is not in the validation set: {one} has no split 'validation'; it has: train"
+    )
+    assert said == [left_out]
+    assert len(open_source(config, "train", seed=0, say=said.append)) == 2 and said == [left_out]
 
 
 def test_a_validation_path_never_becomes_training_data(tmp_path):

@@ -79,6 +79,21 @@ def test_literal_addresses_and_unknown_hosts(url, names):
         fetch(url)
 
 
+@pytest.mark.parametrize(
+    "host, said",
+    [
+        ("127.0.0.1", "127.0.0.1 is no public address; put the image into a file"),
+        ("[::1]", "::1 is no public address; put the image into a file"),
+        ("inside.test", "inside.test is at 10.0.0.1, which is no public address; put the image into a file"),
+    ],
+)
+def test_an_address_is_named_once(host, said, names):
+    names[0]["inside.test"] = ["10.0.0.1"]
+    with pytest.raises(BadRecord) as caught:
+        fetch(f"http://{host}/a")
+    assert str(caught.value) == said
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     seen = []
     body = b"image"

@@ -3,6 +3,7 @@
 import pytest
 import runs
 import torch
+from data_files import write_lines
 from peft import PeftModel
 from pool import run
 from safetensors.torch import load_file, save_file
@@ -73,6 +74,19 @@ def test_a_dry_run_says_all_and_writes_nothing(checkpoint, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == []
     with pytest.raises(ValueError, match="tp=3 does not divide the 4 key-value heads"):
         finetune(runs.config(checkpoint, tmp_path, "model.tensor_model_parallel_size=3"), dry_run=True)
+
+
+def test_a_run_says_which_maker_has_no_validation_split(checkpoint, tmp_path, capsys):
+    row = {"image": "a.png", "ground_truth": "{}"}
+    for name in ("both/train", "both/validation", "one/train"):
+        write_lines(tmp_path / f"{name}.jsonl", [row])
+    sets = f"dataset.type=hf dataset.maker_name=cord_v2,cord_v2 dataset.path={tmp_path}/both,{tmp_path}/one"
+    for interval, times in ((2, 1), (0, 0)):
+        made = runs.config(checkpoint, tmp_path, sets, f"validation.eval_interval={interval}")
+        finetune(made, dry_run=True)
+        said = capsys.readouterr().out
+        assert said.count(f"note: cord_v2 is not in the validation set: {tmp_path}/one has no split") == times
+        assert "no validation set" not in said
 
 
 def test_weights_and_biases(checkpoint, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from m3kernels.models.finetune.data.records import BadRecord
+from m3kernels.models.finetune.data.records import BadRecord, kind_of
 from m3kernels.models.finetune.data.urls import fetch, is_url
 
 # Pillow's own limit, twice its MAX_IMAGE_PIXELS
@@ -104,13 +104,13 @@ def _stream(reference) -> tuple:
         if isinstance(data, (bytes, bytearray)):
             return io.BytesIO(data), label
         if data is not None:
-            raise BadRecord(
-                "", f"an image's bytes are of type {type(data).__name__}; JSON holds images as paths or URLs"
-            )
+            raise BadRecord("", f"an image's bytes are {kind_of(data)}; JSON holds images as paths or URLs")
         reference = reference.get("path")
     if not isinstance(reference, (str, Path)) or not str(reference):
         raise BadRecord("", f"an image is given as {label}; allowed: a path, an http(s) URL, bytes or a PIL image")
     path = Path(reference)
+    if path.is_dir():
+        raise BadRecord("", f"the image {path} is a folder; an image is one file")
     if not path.is_file():
         raise BadRecord("", f"the image {path} does not exist")
     return path, label
@@ -119,4 +119,4 @@ def _stream(reference) -> tuple:
 def _label(reference) -> str:
     if isinstance(reference, dict):
         return str(reference.get("path") or "an image in bytes")
-    return str(reference) if isinstance(reference, (str, Path)) else f"a {type(reference).__name__}"
+    return str(reference) if isinstance(reference, (str, Path)) else kind_of(reference)

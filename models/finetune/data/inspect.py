@@ -119,11 +119,14 @@ def show_samples(
 
 
 def show_packed(plan: Plan, *, step: int, count: int) -> Iterator[Group]:
-    """The first ``count`` micro batches of a step, as one rank alone has them. Records replaced come with their reasons."""
+    """The first ``count`` micro batches of a step, as one rank alone has them. Records replaced come with their reasons,
+    once each."""
     layout = plan.layout(step, 1)
-    replaced = [Shown(where, reason=reason) for sample in layout.samples for where, reason in sample.bad]
-    if replaced:
-        yield Group(f"step {step}: bad records that others stand in for", tuple(replaced))
+    # one may be tried for several places
+    bad = dict.fromkeys(pair for sample in layout.samples for pair in sample.bad)
+    if bad:
+        shown = tuple(Shown(where, reason=reason) for where, reason in bad)
+        yield Group(f"step {step}: bad records that others stand in for", shown)
     for n, places in enumerate(layout.bins[0][:count]):
         samples = []
         for place in places:

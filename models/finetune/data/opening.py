@@ -12,6 +12,7 @@ from m3kernels.models.finetune.data.tables import (
     Chained,
     Table,
     TableSource,
+    bars_on_terminals,
     convert_each,
     need_datasets,
     open_file,
@@ -127,7 +128,9 @@ def _spelled(split: str) -> str:
 
 
 def _saved(folder: Path, split: str) -> Table:
-    data = need_datasets("saved datasets").load_from_disk(str(folder))
+    datasets = need_datasets("saved datasets")
+    with bars_on_terminals():
+        data = datasets.load_from_disk(str(folder))
     if (folder / "dataset_dict.json").is_file():
         if split not in data:
             raise NoSplit(f"{folder} has no split {split!r}; it has: {', '.join(data)}")
@@ -159,7 +162,8 @@ def _load(path: str, split: str, subset: str | None, *, streaming: bool):
         raise FinetuneError(f"{path} does not exist; allowed: a file, a folder, or a Hub id owner/name")
     datasets = need_datasets("sets of the Hub")
     try:
-        return datasets.load_dataset(path, subset, split=split, streaming=streaming)
+        with bars_on_terminals():
+            return datasets.load_dataset(path, subset, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         if str(error).startswith(("Unknown split", "Bad split")):
             raise NoSplit(f"{path} has no split {split!r}: {error}") from error

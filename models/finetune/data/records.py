@@ -37,6 +37,15 @@ class BadRecord(FinetuneError):
         return BadRecord(self.where or where, self.reason)
 
 
+def kind_of(value) -> str:
+    """What JSON calls a value's kind, with its article."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    names = {(int, float): "a number", str: "a string", (list, tuple): "a list", dict: "an object"}
+    found = (name for types, name in names.items() if isinstance(value, types))
+    return next(found, f"a value of type {type(value).__name__}")
+
+
 def text_part(text: str) -> dict:
     return {"type": "text", "text": text}
 
@@ -107,7 +116,7 @@ def _read_turn(message, label: str) -> Turn:
         raise BadRecord("", f"{label} is {_shown(message)}; it must be an object with role and content")
     role = message.get("role")
     if role not in ROLES:
-        raise BadRecord("", f"{label} has the unknown role {role!r}; allowed: {', '.join(ROLES)}")
+        raise BadRecord("", f"{label} has the unknown role {_shown(role)}; allowed: {', '.join(ROLES)}")
     content = message.get("content")
     content = [] if content is None else [text_part(content)] if isinstance(content, str) else content
     if not isinstance(content, (list, tuple)):
@@ -143,7 +152,7 @@ def _read_part(part, label: str) -> dict:
         if part.get("image") is None:
             raise BadRecord("", f"{label}: an image part has no image")
         return image_part(part["image"])
-    raise BadRecord("", f"{label}: a part of type {kind!r}; allowed: text, image")
+    raise BadRecord("", f"{label}: a part of type {_shown(kind)}; allowed: text, image")
 
 
 def _read_call(call, label: str) -> dict:
@@ -225,5 +234,6 @@ def _name(fields: dict, key: str, label: str) -> str | None:
 
 
 def _shown(value) -> str:
-    text = repr(value)
+    """A value as JSON writes it, what JSON has not as Python does."""
+    text = json.dumps(value, ensure_ascii=False, default=repr, skipkeys=True)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from m3kernels.models.finetune.data.records import BadRecord, image_part, text_part
+from m3kernels.models.finetune.data.records import BadRecord, image_part, kind_of, text_part
 from m3kernels.models.finetune.data.urls import is_url
 
 CONVERSATIONS = ("conversation", "messages", "conversations")
@@ -18,22 +18,24 @@ def read_row(row: dict, *, folder: Path | None) -> dict:
     """The record of a row with one of ``messages``, LLaVA's ``conversations``, or ``conversation``.
 
     Images of ``image`` or ``images`` take the places of ``<image>`` markers and of image parts without an image, in
-    order over the whole conversation; without any they come first in the first user turn.
+    order over the whole conversation; without any they come first in the first user turn. In a row without images
+    ``<image>`` in an assistant turn is text.
 
     Args:
         folder: what relative image paths are relative to.
 
     Raises:
-        BadRecord: none or several of these columns, or another number of markers than of images.
+        BadRecord: none or several of these columns, another number of markers than of images, or a marker in an
+            assistant turn.
     """
     if not isinstance(row, dict):
-        raise BadRecord("", f"a row is a {type(row).__name__}; it must be an object")
+        raise BadRecord("", f"a row is {kind_of(row)}; it must be an object")
     given = [name for name in CONVERSATIONS if row.get(name) is not None]
     if len(given) != 1:
         raise BadRecord("", f"the row has {sorted(row)}; exactly one of {', '.join(CONVERSATIONS)} is needed")
     messages = row[given[0]]
     if not isinstance(messages, (list, tuple)):
-        raise BadRecord("", f"{given[0]} is a {type(messages).__name__}; it must be a list of turns")
+        raise BadRecord("", f"{given[0]} is {kind_of(messages)}; it must be a list of turns")
     turns = [_turn(message, f"turn {n}", llava=given[0] == "conversations") for n, message in enumerate(messages)]
     images = _images(row)
     if given[0] == "conversation" and not images:
@@ -48,14 +50,16 @@ def read_row(row: dict, *, folder: Path | None) -> dict:
 
 def _turn(message, label: str, *, llava: bool) -> dict:
     if not isinstance(message, dict):
-        raise BadRecord("", f"{label} is a {type(message).__name__}; it must be an object")
+        raise BadRecord("", f"{label} is {kind_of(message)}; it must be an object")
     # tables fill the fields that a row lacks with None
     message = {key: value for key, value in message.items() if value is not None}
     if not llava or "from" not in message:
         return message
-    role = _LLAVA_ROLES.get(message["from"])
+    speaker = message["from"]
+    role = _LLAVA_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise BadRecord("", f"{label} is from {message['from']!r}; allowed: {', '.join(_LLAVA_ROLES)}")
+        given = repr(speaker) if isinstance(speaker, str) else kind_of(speaker)
+        raise BadRecord("", f"{label} is from {given}; allowed: {', '.join(_LLAVA_ROLES)}")
     return {"role": role, "content": message.get("value", "")}
 
 
@@ -68,6 +72,11 @@ def _images(row: dict) -> list:
 
 def _place(turns: list[dict], images: list) -> list[dict]:
     placed = [turn | {"content": _parts(turn.get("content"), markers=turn.get("role") == "user")} for turn in turns]
+    # it would be learnt as text, and its image be shown elsewhere
+    if images and any(
+        _has_marker(part) for turn in placed if turn.get("role") == "assistant" for part in turn["content"]
+    ):
+        raise BadRecord("", f"{MARKER} stands in an assistant turn; images go into user turns")
     empty = [part for part in _each_part(placed) if part.get("type") == "image" and part.get("image") is None]
     if not empty and images:
         first = next((turn for turn in placed if turn.get("role") == "user"), None)
@@ -84,12 +93,16 @@ def _place(turns: list[dict], images: list) -> list[dict]:
     return placed
 
 
+def _has_marker(part: dict) -> bool:
+    return part.get("type") == "text" and isinstance(part.get("text"), str) and MARKER in part["text"]
+
+
 def _parts(content, *, markers: bool) -> list:
     """Content as parts of our own, its markers as image parts without an image."""
     if content is None or isinstance(content, str):
         content = [text_part(content)] if content else []
     if not isinstance(content, (list, tuple)):
-        raise BadRecord("", f"content is a {type(content).__name__}; it must be text or a list of parts")
+        raise BadRecord("", f"content is {kind_of(content)}; it must be text or a list of parts")
     parts = []
     for part in content:
         part = _part(part)
@@ -107,7 +120,7 @@ def _part(part) -> dict:
     if isinstance(part, str):
         return text_part(part)
     if not isinstance(part, dict):
-        raise BadRecord("", f"a part is a {type(part).__name__}; it must be text or an object with a type")
+        raise BadRecord("", f"a part is {kind_of(part)}; it must be text or an object with a type")
     part = {key: value for key, value in part.items() if value is not None}
     if part.get("type") == "image":
         return image_part(next((part[key] for key in ("image", "path", "url") if key in part), None))

@@ -1,6 +1,6 @@
 """Where records come from, by index or as a stream."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -54,11 +54,14 @@ class Stream(Protocol):
         """The same after n more records, bad ones counted."""
 
 
-def open_source(config: DatasetConfig, split: Split, *, seed: int) -> Source | Stream | None:
+def open_source(
+    config: DatasetConfig, split: Split, *, seed: int, say: Callable[[str], None] = lambda text: None
+) -> Source | Stream | None:
     """The records of a split, of one set or several mixed.
 
     Args:
         seed: of a mixture's order.
+        say: is told of each maker that is left out, since it has not this split.
 
     Returns:
         None where a validation or test split was not named and is not there.
@@ -70,7 +73,7 @@ def open_source(config: DatasetConfig, split: Split, *, seed: int) -> Source | S
         raise FinetuneError(f"dataset.type={config.type!r}; allowed: {', '.join(TYPES)}")
     if config.type == "mock":
         return make_mock_dataset(split=split)
-    sources = _made(config, split) if config.type == "hf" else _local(config, split)
+    sources = _made(config, split, say) if config.type == "hf" else _local(config, split)
     if len(sources) < 2:
         return sources[0] if sources else None
     if not all(isinstance(source, Source) for source in sources):
@@ -78,7 +81,7 @@ def open_source(config: DatasetConfig, split: Split, *, seed: int) -> Source | S
     return Mixture(sources, weights=config.weights if split == "train" else (), seed=seed)
 
 
-def _made(config: DatasetConfig, split: Split) -> list:
+def _made(config: DatasetConfig, split: Split, say: Callable[[str], None]) -> list:
     if not config.maker_name:
         raise FinetuneError("dataset.type=hf needs dataset.maker_name, such as make_cord_v2_dataset")
     if config.path and len(config.path) != len(config.maker_name):
@@ -88,12 +91,13 @@ def _made(config: DatasetConfig, split: Split) -> list:
     name = {"train": config.split, "valid": config.valid_split, "test": "test"}[split]
     makers = [find_maker(maker) for maker in config.maker_name]
     sources = []
-    for maker, path in zip(makers, config.path or [None] * len(makers)):
+    for maker, label, path in zip(makers, config.maker_name, config.path or [None] * len(makers)):
         try:
             sources.append(maker(path=path, split=name, streaming=config.streaming))
-        except NoSplit:
+        except NoSplit as error:
             if split == "train" or (split == "valid" and name != DatasetConfig.valid_split):
                 raise
+            say(f"note: {label} is not in the {'validation' if split == 'valid' else split} set: {error}")
     return sources
 
 

@@ -1,9 +1,12 @@
 """Rows of JSONL, JSON and parquet files, saved datasets and the Hub, read when they are asked for."""
 
+import codecs
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from m3kernels.models.finetune.config import FinetuneError
-from m3kernels.models.finetune.data.records import BadRecord
+from m3kernels.models.finetune.data.records import BadRecord, kind_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _BLOCK = 2**20
@@ -39,7 +42,11 @@ class Table(Protocol):
 
 
 class JsonLines:
-    """A JSONL file of which only the places of its lines are in memory."""
+    """A JSONL file of which only the places of its lines are in memory.
+
+    Raises:
+        FinetuneError: its first line begins a list.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder, self.name = path, path.parent, path.name
@@ -54,23 +61,39 @@ class JsonLines:
                 at += len(line)
         self.offsets, self.lines = np.asarray(offsets, dtype=np.int64), np.asarray(lines, dtype=np.int64)
         self.fingerprint = digest.hexdigest()
+        self._refuse_a_list()
         self.columns = _first_columns(self)
+
+    def _refuse_a_list(self) -> None:
+        if not len(self) or not self._line(0).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return
+        try:
+            is_whole = len(self) > 1 and isinstance(self.row(0), list)
+        except BadRecord:
+            is_whole = False
+        if is_whole:
+            raise FinetuneError(
+                f'{self.where(0)} is a list; each line must be an object, such as {{"messages": [...]}}'
+            )
+        raise FinetuneError(f"{self.path} is one JSON list, not a line for each record: name it .json")
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def row(self, i: int) -> dict:
-        offset = self.offsets[_checked(i, len(self))]
-        # opened each time: a handle shared by forked workers would share its position
-        with self.path.open("rb") as file:
-            file.seek(int(offset))
-            line = file.readline()
+        line = self._line(_checked(i, len(self)))
         try:
             return json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise BadRecord(self.where(i), f"the line is no JSON ({error.msg}: character {error.pos + 1})") from error
         except ValueError as error:
             raise BadRecord(self.where(i), f"the line is no JSON ({error})") from error
+
+    def _line(self, i: int) -> bytes:
+        # opened each time: a handle shared by forked workers would share its position
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[i]))
+            return file.readline()
 
     def where(self, i: int) -> str:
         return f"{self.name}:{self.lines[i]}"
@@ -87,7 +110,7 @@ class JsonList:
         except ValueError as error:
             raise FinetuneError(f"{path} is no JSON ({error}); one object a line goes into a .jsonl file") from error
         if not isinstance(self.rows, list):
-            raise FinetuneError(f"{path} holds a {type(self.rows).__name__}; it must be a list of objects, or .jsonl")
+            raise FinetuneError(f"{path} holds {kind_of(self.rows)}; it must be a list of objects, or .jsonl")
         self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
         self.columns = _first_columns(self)
 
@@ -245,7 +268,8 @@ def open_file(path: Path) -> Table:
         return JsonList(path)
     if path.suffix == ".parquet":
         datasets = need_datasets("parquet files")
-        data = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        with bars_on_terminals():
+            data = datasets.load_dataset("parquet", data_files=str(path), split="train")
         return ArrowRows(
             data, name=path.name, place=f"{path.name} row ", fingerprint=file_fingerprint(path), folder=path.parent
         )
@@ -261,15 +285,31 @@ def need_datasets(what: str):
     return datasets
 
 
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Within it datasets draws progress bars only where stderr is a terminal: in a pipe each state of a bar is a line."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def undecoded(data):
     """The same Dataset or IterableDataset, its images as bytes or paths, also those in lists."""
     from datasets import Image, List
 
-    for name, feature in (data.features or {}).items():
-        if isinstance(feature, Image):
-            data = data.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            data = data.cast_column(name, List(Image(decode=False)))
+    with bars_on_terminals():
+        for name, feature in (data.features or {}).items():
+            if isinstance(feature, Image):
+                data = data.cast_column(name, Image(decode=False))
+            elif isinstance(feature, List) and isinstance(feature.feature, Image):
+                data = data.cast_column(name, List(Image(decode=False)))
     return data
 
 

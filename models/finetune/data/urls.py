@@ -35,7 +35,8 @@ def public_address(host: str, port: int) -> str:
         parsed = ipaddress.ip_address(address)
         inner = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None) or parsed
         if not (parsed.is_global and inner.is_global) or parsed.is_multicast or inner.is_multicast:
-            raise BadRecord("", f"{host} is at {address}, which is no public address; put the image into a file")
+            given = f"{host} is" if host == address else f"{host} is at {address}, which is"
+            raise BadRecord("", f"{given} no public address; put the image into a file")
     return addresses[0]
 
 

@@ -1,7 +1,9 @@
 """Reads a whole set once, as a training would, and tells what is wrong with which record."""
 
 import math
+import re
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -18,6 +20,8 @@ from m3kernels.models.finetune.data.records import BadRecord
 from m3kernels.models.finetune.data.sources import Source, Stream
 
 PERCENTILES = (50, 90, 99)
+# what differs between records that are bad for the same reason: quoted text, paths and URLs, file names, numbers
+_VARYING = re.compile(r"""(?<!\w)'[^']*'(?!\w)|"[^"]*"|\S*/\S*|\S+\.\w{2,5}\b|\d+""")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,15 @@ class Report:
     def read(self) -> int:
         return len(self.lengths) + len(self.bad)
 
+    def reasons(self) -> list[tuple[str, int]]:
+        """(reason, how many are bad for it), the most frequent first; what differs between them stands as …"""
+        same = {}
+        for bad in self.bad:
+            general = re.sub(r"…(\s+…)+", "…", _VARYING.sub("…", bad.reason))
+            same.setdefault(general, Counter())[bad.reason] += 1
+        counts = Counter({next(iter(own)) if len(own) == 1 else general: own.total() for general, own in same.items()})
+        return counts.most_common()
+
     def percentiles(self) -> dict[str, int]:
         """Tokens of a sample: min, p50, p90, p99, max."""
         if not self.lengths:
@@ -117,6 +130,7 @@ class Report:
             "bad": [
                 {key: value for key, value in asdict(bad).items() if key in ("where", "reason")} for bad in self.bad
             ],
+            "reasons": [{"reason": reason, "records": count} for reason, count in self.reasons()],
         }
 
 

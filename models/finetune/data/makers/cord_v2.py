@@ -11,7 +11,7 @@ from m3kernels.models.finetune.data.rows import locate_images
 PROMPT = "Describe this image."
 
 
-def make_cord_v2_dataset(*, path: str | None = None, split: str = "train", streaming: bool = False):
+def make_cord_v2_dataset(path: str | None = None, split: str = "train", streaming: bool = False):
     """Rows of ``image`` and ``ground_truth``, JSON with ``gt_parse`` or ``gt_parses``, of which the first is taken."""
     return open_rows(
         path or "naver-clova-ix/cord-v2",

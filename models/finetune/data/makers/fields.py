@@ -1,13 +1,14 @@
 """Checked access to a row's fields, shared by makers."""
 
-from m3kernels.models.finetune.data.records import BadRecord
+from m3kernels.models.finetune.data.records import BadRecord, kind_of
 
 
 def text_field(row: dict, name: str) -> str:
     """A text that is not empty, or BadRecord."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise BadRecord("", f"{name} is {str(value)[:60]!r}; it must be text that is not empty")
+        given = repr(value[:60]) if isinstance(value, str) else kind_of(value)
+        raise BadRecord("", f"{name} is {given}; it must be text that is not empty")
     return value
 
 

@@ -8,7 +8,7 @@ from m3kernels.models.finetune.data.records import question
 from m3kernels.models.finetune.data.rows import locate_images
 
 
-def make_medpix_dataset(*, path: str | None = None, split: str = "train", streaming: bool = False):
+def make_medpix_dataset(path: str | None = None, split: str = "train", streaming: bool = False):
     """Rows of ``image_id``, which is the image itself, ``question`` and ``answer``."""
     return open_rows(
         path or "mmoukouba/MedPix-VQA",

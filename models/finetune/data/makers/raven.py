@@ -12,7 +12,7 @@ from m3kernels.models.finetune.data.tables import Every
 HELD_OUT = 20
 
 
-def make_raven_dataset(*, path: str | None = None, split: str = "train", streaming: bool = False):
+def make_raven_dataset(path: str | None = None, split: str = "train", streaming: bool = False):
     """Rows of ``images``, a list, and ``texts``, of which the first turn, ``user`` and ``assistant``, is taken.
 
     Where the set has no validation split, 5 % of train are it, the same in every run.

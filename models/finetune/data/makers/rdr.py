@@ -10,7 +10,7 @@ from m3kernels.models.finetune.data.rows import locate_images
 PROMPT = "Describe this image."
 
 
-def make_rdr_dataset(*, path: str | None = None, split: str = "train", streaming: bool = False):
+def make_rdr_dataset(path: str | None = None, split: str = "train", streaming: bool = False):
     """Rows of ``image`` and ``text``; the set has the split train alone."""
     return open_rows(
         path or "quintend/rdr-items", split=split, columns=("image", "text"), convert=_record, streaming=streaming
