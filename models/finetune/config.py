@@ -29,6 +29,8 @@ class TrainConfig:
     precision: Literal["bf16_mixed", "bf16_stochastic", "fp32", "fp64"] = "bf16_mixed"
     """bf16_mixed: bf16 products, fp32 master weights, gradients and moments. bf16_stochastic: trained weights stay bf16 and
     are rounded stochastically. fp32, fp64: everything in that (fp64 on CPU, for tests)."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes the GPUs where there are any."""
     recompute: str = "auto"
     """none, cheap, attention or all; auto takes the least that fits the GPU's memory, none on a CPU."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from m3kernels.models.finetune.config import FinetuneError
+
 # launchers such as srun and torchrun both pass a SIGTERM on: a second one so soon is the same
 REPEATED_S = 5.0
 # what a rank that ends the run gives the others to write their stacks: a lost connection ends them
@@ -40,16 +42,18 @@ class Process:
 
 
 @contextlib.contextmanager
-def process_group(timeout_minutes: float) -> Iterator[Process]:
+def process_group(timeout_minutes: float, device: str = "auto") -> Iterator[Process]:
     """The default process group: torchrun's, one of a single process without it, or the one that there is already.
+
+    ``device``: "auto", "cuda" or "cpu".
 
     A restart of torchrun's (``--max-restarts``) gets a store of its own: its agent keeps the addresses of the processes that
     died, and gloo would wait for them.
     """
     if dist.is_initialized():
-        yield Process(dist.get_rank(), dist.get_world_size(), _device())
+        yield Process(dist.get_rank(), dist.get_world_size(), _device(device))
         return
-    device = _device()
+    device = _device(device)
     # a gradient norm over two dimensions of the mesh takes two small collectives: nothing that a user could change
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -77,8 +81,10 @@ def _end_group() -> None:
     time.sleep(THREADS_REST_S)
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
+def _device(kind: str) -> torch.device:
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise FinetuneError(f"train.device is cuda, but torch {torch.__version__} sees no GPU: take auto or cpu")
+    if kind == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)

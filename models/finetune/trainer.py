@@ -38,7 +38,7 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         CheckpointError: the pretrained checkpoint is not.
     """
     with ExitStack() as stack:
-        process = stack.enter_context(process_group(config.train.timeout_minutes))
+        process = stack.enter_context(process_group(config.train.timeout_minutes, config.train.device))
         say = print if process.first else _silent
         try:
             planned = plan(config, process, dry_run, say)

@@ -42,7 +42,9 @@ def start(script: Path, arguments: list[str], *options: str, faults: str = "") -
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     extra = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "FAULTS": faults, "PYTHONPATH": os.pathsep.join(paths)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, str(script), *arguments], env={**os.environ, **extra}, **pipes)
+    return subprocess.Popen(
+        [*command, str(script), *arguments], env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **extra}, **pipes
+    )
 
 
 def torchrun(script: Path, arguments: list[str], *options: str, faults: str = "") -> str:
