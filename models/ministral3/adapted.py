@@ -120,12 +120,14 @@ class AdaptedLinear(Linear):
     @torch.no_grad()
     def row_norms(self, weight: Tensor, A: Tensor, B: Tensor, backend: str = "reference") -> Tensor:
         """(N,): norms of the rows of ``W + s B A``, over all ranks' columns; of local tensors, without a gradient."""
+        magnitude = self.lora_magnitude.dtype
+        wide = torch.promote_types(torch.promote_types(A.dtype, magnitude), torch.float32)
+        norms = dora_norm(weight, A.to(wide), B.to(wide), self.scaling, backend=backend)
         group = self.row_group
-        if group is None:
-            return dora_norm(weight, A, B, self.scaling, backend=backend)
-        wide = torch.promote_types(A.dtype, torch.float32)
-        part = dora_norm(weight, A.to(wide), B.to(wide), self.scaling, backend=backend)
-        return all_reduce_sum(part.square(), group).sqrt().to(A.dtype)
+        if group is not None:
+            norms = all_reduce_sum(norms.square(), group).sqrt()
+        # rounded as the magnitude, which began as this norm: a fresh DoRA layer is the frozen one
+        return norms.to(magnitude)
 
     def extra_repr(self) -> str:
         kind = "LoRA" if self.lora_magnitude is None else "DoRA"

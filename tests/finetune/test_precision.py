@@ -36,6 +36,18 @@ def config(checkpoint, folder, data, precision, steps=STEPS, name="straight", sc
     return dataclasses.replace(runs.config(checkpoint, folder, data, *options, extra, scheme=scheme), name=name)
 
 
+@pytest.mark.parametrize("precision", ["bf16_mixed", "bf16_stochastic"])
+@pytest.mark.parametrize("tp, ranks", [(1, 1), (2, 2), (1, 2)])
+def test_fresh_adapters_change_nothing_in_bf16(checkpoint, tmp_path, data, precision, tp, ranks):
+    """A magnitude and its norm of other dtypes would be apart by a rounding, in every row and every layer."""
+    first = []
+    for scheme in ("lora", "dora"):
+        extra = f"model.tensor_model_parallel_size={tp} optimizer.lr=0"
+        made = config(checkpoint, tmp_path, data, precision, 1, f"{scheme}", scheme, extra)
+        first.append(run(ranks, runs.run, made)[0][0][0])
+    assert first[0] == first[1]
+
+
 @pytest.mark.parametrize(
     "precision, ranks, scheme",
     [
