@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from m3kernels.models.ministral3 import sharding
+from m3kernels.models.ministral3.adapted import adapted_layers
+from m3kernels.models.ministral3.merging import MAGNITUDE
 from m3kernels.models.ministral3.model import Ministral3
+from m3kernels.models.ministral3.shards import part_of
 from m3kernels.parallel import ParallelError, group_of
 
 
@@ -91,7 +94,10 @@ def parallelize(
     if batch.size() > 1:
         shards_vision = model.config.vision is not None and any(p.requires_grad for p in vision_parameters(model))
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-        _fully_shard(model, batch, shards_vision, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        # on the mesh that FSDP2's own parameters have: torch's gradient norm takes no two
+        kept = keep_magnitudes(model, mesh if mesh["tp"].size() > 1 else batch)
+        options = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+        _fully_shard(model, batch, shards_vision, kept, **options)
     model.layout = Layout(mesh, shards_vision)
     return model
 
@@ -120,16 +126,35 @@ def split_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
                 module._parameters[name] = made[id(parameter)]
 
 
-def _fully_shard(model: Ministral3, mesh: DeviceMesh, shards_vision: bool, **options) -> None:
-    """A unit for each layer, and one for what is left: embedding, head, last norm, projector."""
+def keep_magnitudes(model: Ministral3, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """DoRA's magnitudes as DTensors that every data-parallel rank holds in their own dtype; returns them.
+
+    They are near their norms: gathered in bf16, all but large changes of them would be lost.
+    """
+    kept = set()
+    for name, layer in adapted_layers(model).items():
+        if layer.lora_magnitude is None:
+            continue
+        part, trained = part_of(layer.lora_magnitude.detach()), layer.lora_magnitude.requires_grad
+        dim = sharding.row_of(f"{name}.{MAGNITUDE}").dim
+        split = {} if dim is None else {"tp": Shard(dim)}
+        placements = [split.get(over, Replicate()) for over in mesh.mesh_dim_names]
+        whole = DTensor.from_local(part, mesh, placements, run_check=False)
+        layer.lora_magnitude = nn.Parameter(whole, requires_grad=trained)
+        kept.add(layer.lora_magnitude)
+    return kept
+
+
+def _fully_shard(model: Ministral3, mesh: DeviceMesh, shards_vision: bool, kept: set[nn.Parameter], **options) -> None:
+    """A unit for each layer, and one for what is left: embedding, head, last norm, projector; ``kept`` is in none."""
     layers = list(model.model.language_model.layers)
-    whole = set()
+    whole = set(kept)
     if shards_vision:
         layers += model.model.vision_tower.transformer.layers
     else:
-        whole = set(vision_parameters(model))
+        whole |= set(vision_parameters(model))
     for layer in layers:
-        fully_shard(layer, mesh=mesh, **options)
+        fully_shard(layer, mesh=mesh, **options, ignored_params=kept)
     fully_shard(model, mesh=mesh, **options, ignored_params=whole)
     for module in (*layers, model):
         # gloo has no reduction that divides

@@ -56,6 +56,7 @@ def test_fresh_adapters_change_nothing_in_bf16(checkpoint, tmp_path, data, preci
         ("bf16_mixed", 2, "none"),
         ("bf16_mixed", 1, "dora"),
         ("bf16_mixed", 2, "lora"),
+        ("bf16_mixed", 2, "dora"),
         ("bf16_stochastic", 1, "none"),
         ("bf16_stochastic", 2, "none"),
     ],

@@ -86,13 +86,16 @@ def test_a_resumed_run_is_the_same_bit_for_bit(checkpoint, tmp_path, scheme, ext
     assert all(torch.equal(again[1][name], x) for name, x in straight[1].items())
 
 
-@pytest.mark.parametrize("before, after", [((1, 1), (2, 1)), ((2, 1), (1, 2)), ((1, 2), (1, 1))])
-def test_a_run_goes_on_at_another_layout(checkpoint, tmp_path, alone, before, after):
+@pytest.mark.parametrize(
+    "before, after, scheme",
+    [((1, 1), (2, 1), "none"), ((2, 1), (1, 2), "none"), ((1, 2), (1, 1), "none"), ((1, 2), (2, 1), "dora")],
+)
+def test_a_run_goes_on_at_another_layout(checkpoint, tmp_path, alone, before, after, scheme):
     tp = "model.tensor_model_parallel_size={}"
-    made = runs.config(checkpoint, tmp_path, tp.format(before[0]), "train.train_iters=2 scheduler.lr_decay_iters=4")
-    trained(made, before[0] * before[1])
-    made = runs.config(checkpoint, tmp_path, tp.format(after[0]), "scheduler.lr_decay_iters=4")
+    half = (tp.format(before[0]), "train.train_iters=2 scheduler.lr_decay_iters=4")
+    trained(runs.config(checkpoint, tmp_path, *half, scheme=scheme), before[0] * before[1])
+    made = runs.config(checkpoint, tmp_path, tp.format(after[0]), "scheduler.lr_decay_iters=4", scheme=scheme)
     losses, state = trained(made, after[0] * after[1])
-    one, one_state = alone("none")
+    one, one_state = alone(scheme)
     assert losses == pytest.approx(one, rel=1e-12)
     assert_same(state, one_state, FP64)
