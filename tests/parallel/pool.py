@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,10 +32,15 @@ import torch
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "m3kernels"]
 # what the other ranks get to notice that one has failed: gloo tells them at once
 GRACE_S = 3.0
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
 
 
 class RankFailed(RuntimeError):
     """A rank's failure as text: the cause of the exception that :func:`run` raises."""
+
+
+class Crashed(RankFailed):
+    """A rank that a signal of its own code ended, in torch's threads once in some thousand jobs of gloo."""
 
 
 @dataclass
@@ -135,7 +141,8 @@ class Pool:
         worker.process.join(GRACE_S)
         text = f"the process ended with exit code {worker.process.exitcode}\n{worker.stacks.read_text()}"
         # a death comes before what the others say about their lost connection
-        return _Answer(rank, False, RankFailed(f"rank {rank}: {text}"), text, at=0.0)
+        kind = Crashed if worker.process.exitcode in CRASHES else RankFailed
+        return _Answer(rank, False, kind(f"rank {rank}: {text}"), text, at=0.0)
 
     def _killed(self, worker: _Worker) -> str:
         """Ends a worker that is stuck; where its threads were."""
@@ -243,13 +250,21 @@ _pool: Pool | None = None
 
 
 def run(world_size: int, function: Callable, *args, timeout_s: float = 180.0, backend: str = "gloo") -> list:
-    """:meth:`Pool.run` on the pool of this process."""
+    """:meth:`Pool.run` on the pool of this process; once more, with a warning, where a rank crashed in native code.
+
+    An assertion that fails is never tried again.
+    """
     __tracebackhide__ = True
     global _pool
     if _pool is None:
         _pool = Pool()
         atexit.register(shutdown)
-    return _pool.run(world_size, function, *args, timeout_s=timeout_s, backend=backend)
+    try:
+        return _pool.run(world_size, function, *args, timeout_s=timeout_s, backend=backend)
+    except Crashed as crash:
+        warnings.warn(f"{getattr(function, '__qualname__', function)} runs once more: {crash}")
+        _pool.shutdown()
+        return _pool.run(world_size, function, *args, timeout_s=timeout_s, backend=backend)
 
 
 def shutdown() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def dies():
     if dist.get_rank() == 1:
         os._exit(7)
     dist.barrier()
+
+
+def crashes(marks: str, times: int):
+    """In native code, so many times."""
+    folder = Path(marks)
+    if dist.get_rank() == 1 and len(list(folder.iterdir())) < times:
+        (folder / f"{os.getpid()}").touch()
+        os.abort()
+    dist.barrier()
+    return len(list(folder.iterdir()))
 
 
 def raises_unpicklable():
@@ -75,6 +86,15 @@ def test_a_hang_ends_and_shows_where():
         run(2, hangs, timeout_s=1.0)
     assert time.monotonic() - start < 20
     assert run(2, place, 10)[1][0] == 10
+
+
+def test_a_native_crash_is_warned_of_and_tried_once_more(tmp_path):
+    with pytest.warns(UserWarning, match="crashes runs once more: rank 1: the process ended with exit code -6"):
+        assert run(2, crashes, str(tmp_path), 1) == [1, 1]
+    for mark in tmp_path.iterdir():
+        mark.unlink()
+    with pytest.warns(UserWarning), pytest.raises(RankFailed, match="exit code -6"):
+        run(2, crashes, str(tmp_path), 2)
 
 
 def test_a_death_is_told():
