@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ import torch
 from m3kernels.bench.model_shapes import LORA_TARGETS, PAD_TOKEN, SIZES, build, step_flops
 from m3kernels.bench.results import commit
 from m3kernels.bench.train_peers import become, liger
+from m3kernels.models.finetune.progress import versions
 
 DOCS = Path(__file__).parents[1] / "docs" / "finetune.md"
 BEGIN, END = "<!-- steps -->", "<!-- /steps -->"
@@ -57,7 +57,7 @@ def tokens(job: Job, step: int) -> torch.Tensor:
 def ours(job: Job) -> tuple[list[float], list[float]]:
     """(milliseconds, loss) of each step of our trainer."""
     from m3kernels.models.finetune.build import build as build_run
-    from m3kernels.models.finetune.build import open_checkpoint
+    from m3kernels.models.finetune.build import model_on_meta, open_checkpoint
     from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
     from m3kernels.models.finetune.process import process_group
     from m3kernels.models.finetune.step import run_step, share
@@ -73,7 +73,9 @@ def ours(job: Job) -> tuple[list[float], list[float]]:
         tensor_model_parallel_size=1,
     )
     with process_group(10) as process:
-        built = build_run(config, open_checkpoint(config), make_mesh(), process.device, progress=False)
+        source = open_checkpoint(config)
+        model = model_on_meta(config, source)
+        built = build_run(model, config, source, make_mesh(), process.device, progress=False)
 
         def step(i: int) -> float:
             ids = tokens(job, i)
@@ -162,16 +164,8 @@ def measure(job: Job) -> dict:
         "tflops": flops / ms / 1e9, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "first_loss": losses[0], "last_loss": losses[-1], "gpu": torch.cuda.get_device_name(), "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "versions": versions(PACKAGES),
     }  # fmt: skip
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def checkpoint(size: str, folder: Path) -> Path:
@@ -220,8 +214,8 @@ def show(row: dict) -> str:
     )
 
 
-def with_table(text: str, rows: list[dict], name: str) -> str:
-    """The page with its table made anew."""
+def table(rows: list[dict], name: str) -> str:
+    """For the docs, with what it was measured on."""
     lines = ["| step | peer | ms | tokens/s | TFLOP/s | peak GiB |", "|---|---|---:|---:|---:|---:|"]
     for row in rows:
         what = f"{row['size'].upper()} {row['mode']}, {row['seq']} tokens"
@@ -233,12 +227,11 @@ def with_table(text: str, rows: list[dict], name: str) -> str:
             f"{row['peak_gib']:.1f} |"
         )
     first = next(row for row in rows if "failed" not in row)
-    versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
-    note = f"Medians of {first['steps']} steps, optimizer included, on one {first['gpu']}; {versions}; "
+    software = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
+    note = f"Medians of {first['steps']} steps, optimizer included, on one {first['gpu']}; {software}; "
     modes = {row["mode"]: row["commit"] for row in rows if "failed" not in row}
     note += ", ".join(f"{mode} at commit {commit}" for mode, commit in modes.items()) + f"; `{name}`."
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{note}\n{END}{rest.split(END)[1]}"
+    return "\n".join(lines) + f"\n\n{note}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.report is not None:
         rows = [json.loads(line) for line in args.report.read_text(encoding="utf-8").splitlines()]
-        DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), rows, args.report.name), encoding="utf-8")
+        from m3kernels.bench.report import insert
+
+        DOCS.write_text(insert(DOCS, table(rows, args.report.name), BEGIN, END), encoding="utf-8")
         return 0
     if not torch.cuda.is_available():
         print("bench finetune needs a CUDA GPU with 80 GB for the 3B's full steps; torch sees none", file=sys.stderr)

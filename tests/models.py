@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import (
     Ministral3Config,
     Ministral3ForCausalLM,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 import m3kernels
+from m3kernels.models.float64 import float64_islands
 
 VOCAB, IMAGE_TOKEN = 151, 10
 MERGED = 8  # pixels that become one token: patches of 4, merged 2 x 2
@@ -265,26 +265,6 @@ def assert_both(ours: nn.Module, plain: nn.Module, function: Callable, bound: fl
     assert_same(tensors([function(ours)]), tensors([function(plain)]), bound)
 
 
-class Float64(TorchFunctionMode):
-    """Lifts the fp32 islands of an fp64 model (norms, rotary tables, softmax, loss) to fp64: the truth to compare with."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float:
-            return args[0].double()
-        up = {torch.float32: torch.float64}
-        args = [up.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
-        kwargs = {k: up.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-    def __enter__(self):
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        torch.set_default_dtype(torch.float32)
-        return super().__exit__(*exception)
-
-
 def assert_error_at_most_eagers(ours: nn.Module, plain: nn.Module, context=contextlib.nullcontext) -> None:
     """error(ours) <= 1.5 x error(eager), both against fp64, RMS over each tensor and eight batches.
 
@@ -295,7 +275,7 @@ def assert_error_at_most_eagers(ours: nn.Module, plain: nn.Module, context=conte
     error, count = {}, {}
     for seed in range(8):
         batch = batch_for(plain, seed=seed)
-        with Float64():
+        with float64_islands():
             exact = observe(truth, {k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
         for which, model in enumerate((ours, plain)):
             with context():

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, Ministral3ForCausalLM, Mistral3Fo
 from m3kernels import is_patched, patch, unpatch
 from models import (
     FP32,
-    Float64,
     assert_both,
     assert_parity,
     assert_same,
     batch_for,
     build,
+    float64_islands,
     gradients,
     inputs,
     observe,
@@ -167,7 +167,7 @@ def test_auto_class_and_dtype_on_load(tmp_path, device):
     patch(ours)
     assert ours.model.rotary_emb.inv_freq.dtype == torch.float32
     batch = inputs(text_batch(plain))
-    with torch.no_grad(), Float64():
+    with torch.no_grad(), float64_islands():
         exact = truth(**batch).logits
     off, eager = ((model(**batch).logits.double() - exact).norm().item() for model in (ours, plain))
     assert off <= 1.5 * eager  # 6342 logits: no allowance for chance

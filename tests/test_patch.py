@@ -23,10 +23,10 @@ from m3kernels.patching.classes import is_fused
 from models import (
     FP32,
     FP64,
-    Float64,
     assert_parity,
     batch_for,
     build,
+    float64_islands,
     rope,
     text_batch,
     text_config,
@@ -460,7 +460,7 @@ def test_far_positions(position):
     plain, ours = twins(rope_parameters=released, max_position_embeddings=262_144, dtype=torch.float64)
     batch = text_batch(plain, seq=6)
     batch["position_ids"] = torch.arange(6)[None] + position - 2
-    with Float64():
+    with float64_islands():
         assert_parity(ours, plain, batch, FP64)
     # in fp32 both round the same angle the same way
     plain, ours = plain.float(), ours.float()

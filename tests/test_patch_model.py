@@ -12,13 +12,13 @@ from models import (
     FP32,
     FP64,
     IMAGES,
-    Float64,
     assert_both,
     assert_error_at_most_eagers,
     assert_parity,
     assert_same,
     batch_for,
     build,
+    float64_islands,
     observe,
     rope,
     text_batch,
@@ -39,7 +39,7 @@ def test_parity_in_fp32(kind, device, attention):
 def test_parity_in_fp64(kind, device, attention):
     """Without transformers' fp32 islands only the order of sums is left, so a wrong formula has nowhere to hide."""
     plain, ours = twins(kind, device=device, dtype=torch.float64, attention=attention)
-    with Float64():
+    with float64_islands():
         assert_parity(ours, plain, batch_for(plain), FP64)
 
 

@@ -6,20 +6,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3kernels.models.ministral3.shards import part_of
 from m3kernels.ops import adamw, global_norm
 from m3kernels.ops._common import TRITON_DTYPES, why_no_triton
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A rank's part of a DTensor; a plain tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def local_gradient(p: nn.Parameter) -> Tensor:
     """What of ``p.grad`` belongs to the rank's part of ``p``."""
     if hasattr(p, "to_local") and p.grad.placements != p.placements:
         return p.grad.redistribute(placements=p.placements).to_local()
-    return local(p.grad)
+    return part_of(p.grad)
 
 
 @torch.no_grad()
@@ -122,11 +118,11 @@ class FusedAdamW(torch.optim.Optimizer):
         states = [self.state[p] for _, p, _ in rows]
         copies = [self.copies.get(p) for _, p, _ in rows]
         return adamw(
-            [local(p) for _, p, _ in rows],
+            [part_of(p) for _, p, _ in rows],
             [local_gradient(p) for _, p, _ in rows],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            [None if copy is None else local(copy) for copy in copies],
+            [part_of(state["exp_avg"]) for state in states],
+            [part_of(state["exp_avg_sq"]) for state in states],
+            [None if copy is None else part_of(copy) for copy in copies],
             lr=lr,
             betas=betas,
             eps=eps,

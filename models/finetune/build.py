@@ -131,10 +131,14 @@ def _add_adapters(model: Ministral3, config: FinetuneConfig, freezes: dict, dtyp
 
 
 def build(
-    config: FinetuneConfig, checkpoint: Checkpoint, mesh: DeviceMesh, device: torch.device, progress: bool
+    model: Ministral3,
+    config: FinetuneConfig,
+    checkpoint: Checkpoint,
+    mesh: DeviceMesh,
+    device: torch.device,
+    progress: bool,
 ) -> Built:
-    """The model with its weights, sharded over ``mesh``, and its optimizer."""
-    model = model_on_meta(config, checkpoint)
+    """The model of :func:`model_on_meta` with its weights, sharded over ``mesh``, and its optimizer."""
     if config.model.kernels:
         m3kernels.patch(model)
     stored, computed = DTYPES[config.train.precision]

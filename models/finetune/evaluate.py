@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
 from m3kernels.models.ministral3 import Ministral3
+from m3kernels.parallel import all_reduce_sum
 
 IGNORED = -100
 
@@ -48,9 +49,7 @@ def evaluate(
         for micro in batch.micro_batches:
             beat(f"evaluation, {', '.join(micro.samples[:3])}")
             total += _sums(model, micro, dtype)
-    if model.layout.batch_group is not None:
-        total = total.to(model.device)
-        dist.all_reduce(total, group=model.layout.batch_group)
+    total = all_reduce_sum(total.to(model.device), model.layout.batch_group)
     model.train(training)
     loss, right, tokens, exact, samples = total.tolist()
     return Evaluation(loss / max(tokens, 1), right / max(tokens, 1), exact / max(samples, 1), int(tokens), int(samples))

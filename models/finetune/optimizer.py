@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from m3kernels.models.finetune.adamw import FusedAdamW, gradient_norm, local
+from m3kernels.models.finetune.adamw import FusedAdamW, gradient_norm
 from m3kernels.models.finetune.config import FinetuneError, OptimizerConfig
+from m3kernels.models.ministral3.shards import part_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Trained:
     def write_back(self) -> None:
         """Parameters from their masters, after a step or a load."""
         if self.copies:
-            targets, sources = zip(*((local(p), local(m)) for p, m in self.copies))
+            targets, sources = zip(*((part_of(p), part_of(m)) for p, m in self.copies))
             torch._foreach_copy_(targets, sources)
 
     def take_masters(self) -> None:

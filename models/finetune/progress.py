@@ -1,6 +1,7 @@
 """What a run works on, how far it is, what it leaves, and what its checkpoints say about the software."""
 
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -56,10 +57,10 @@ class Progress:
     bad: int = 0
 
 
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of those that are installed; by default of what the numbers of a run depend on."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

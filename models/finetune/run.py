@@ -29,6 +29,7 @@ from m3kernels.models.finetune.results import export
 from m3kernels.models.finetune.schedule import learning_rate
 from m3kernels.models.finetune.step import NonFinite, Shared, StepResult, run_step, share
 from m3kernels.models.float64 import float64_islands
+from m3kernels.parallel import rank_in, size_of
 
 GIB = 2**30
 T = TypeVar("T")
@@ -137,14 +138,12 @@ class Run:
         """
         self._open_sinks()
         self.signals, self.watch = signals, watch
-        layout, iters, loss = self.built.model.layout, self.config.train.train_iters, math.nan
+        iters, loss = self.config.train.train_iters, math.nan
         if self.progress.step >= iters:
             self.say(
                 f"{self.progress.step} steps are over already: raise train.train_iters to go on, or take another name"
             )
-        rank = 0 if layout.batch_group is None else layout.batch_group.rank()
-        options = {"rank": rank, "ranks": self.process.size // self.tp, "num_workers": self.config.dataset.num_workers}
-        with closing(step_batches(self.data.train, self.progress.step, iters, **options)) as batches:
+        with closing(step_batches(self.data.train, self.progress.step, iters, **self._share_of_data())) as batches:
             while self.progress.step < iters and not self.stopping:
                 loss = self._step(batches, loss)
         watch.beat("the end of the last checkpoint")
@@ -200,6 +199,11 @@ class Run:
             dist.all_gather_object(said, error and f"rank {self.process.rank}: {error}")
             raise FinetuneError(next(text for text in said if text)) from error
         return batch, shared
+
+    def _share_of_data(self) -> dict[str, int]:
+        """Which part of each global batch is this rank's, and how many processes make it."""
+        group = self.built.model.layout.batch_group
+        return {"rank": rank_in(group), "ranks": size_of(group), "num_workers": self.config.dataset.num_workers}
 
     def _precision(self):
         return float64_islands() if self.config.train.precision == "fp64" else nullcontext()
@@ -270,11 +274,8 @@ class Run:
 
     def _evaluate(self) -> bool:
         """Whether this was the best validation loss so far."""
-        layout, validation = self.built.model.layout, self.config.validation
-        rank = 0 if layout.batch_group is None else layout.batch_group.rank()
-        ranks = self.process.size // self.tp
-        workers = {"num_workers": self.config.dataset.num_workers}
-        batches = self._until_stop(self.data.valid.eval_batches(validation.eval_iters, rank, ranks, **workers))
+        batches = self.data.valid.eval_batches(self.config.validation.eval_iters, **self._share_of_data())
+        batches = self._until_stop(batches)
         with self._precision():
             found = evaluate(self.built.model, batches, self.built.dtype, self.watch.beat)
         if self.stopping:

@@ -13,6 +13,7 @@ from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.plan import MicroBatch, StepBatch
 from m3kernels.models.finetune.optimizer import ready_step, set_learning_rate
 from m3kernels.models.finetune.schedule import learning_rate
+from m3kernels.parallel import rank_in
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ def share(built: Built, batch: StepBatch | None, stop: bool, written: bool) -> S
     counts, agreed = torch.zeros(5, dtype=torch.int64, device="cpu"), 0
     if batch is not None:
         agreed = batch.agreed
-        layout = built.model.layout
-        if layout.tp_group is None or layout.tp_group.rank() == 0:
+        if rank_in(built.model.layout.tp_group) == 0:
             counts += torch.tensor([batch.supervised, batch.tokens, batch.capacity, batch.read, len(batch.bad)])
     both = torch.cat([counts, torch.tensor([stop, not written, batch is None, agreed])])
     if dist.get_world_size() > 1:

@@ -21,7 +21,7 @@ from m3kernels.models.finetune.process import Process, StopSignals, Watch, proce
 from m3kernels.models.finetune.progress import Data, Result
 from m3kernels.models.finetune.resolve import Folders, check, folders
 from m3kernels.models.finetune.run import Run
-from m3kernels.models.ministral3 import sharding
+from m3kernels.models.ministral3 import Ministral3, sharding
 from m3kernels.models.ministral3.weights import Checkpoint
 from m3kernels.parallel import make_mesh
 
@@ -48,13 +48,12 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
             raise
         if dry_run:
             return None
-        tp, device = planned.tp, process.device
+        tp, device = config.model.tensor_model_parallel_size, process.device
 
         # the model, and the state of an earlier run; ranks that share layers draw the same dropout
         torch.manual_seed(config.rng.seed + dist.get_rank() // tp)
         mesh = make_mesh(tp=tp, replicate=config.model.replicate, device_type=device.type)
-        built = build(config, planned.checkpoint, mesh, device, progress=process.first)
-        choose_recompute(built.model, config, tp, process.size // tp, planned.gpu_bytes)
+        built = build(planned.model, config, planned.checkpoint, mesh, device, progress=process.first)
         if built.fused is not None:
             say(built.fused if device.type == "cuda" else "no GPU: plain PyTorch in place of the kernels")
         say(f"optimizer: {config.optimizer.name}, {getattr(built.optimizer, 'backend', 'bitsandbytes')}")
@@ -71,17 +70,12 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is known before a weight is loaded.
-
-    Attributes:
-        gpu_bytes: memory of this rank's GPU, None without one.
-    """
+    """What is known before a weight is loaded; ``model`` is on the meta device and knows what it will recompute."""
 
     where: Folders
     checkpoint: Checkpoint
     data: Data
-    tp: int
-    gpu_bytes: int | None
+    model: Ministral3
 
 
 def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[[object], None]) -> Planned:
@@ -114,7 +108,7 @@ def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[
         iters = f"{config.train.train_iters} steps, scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}"
         say(f"note: {iters}: optimizer.lr {config.optimizer.lr} is hardly reached")
     say(f"tokens by {data.encoder.backend}; run folder {where.run}")
-    return Planned(where, checkpoint, data, tp, gpu_bytes)
+    return Planned(where, checkpoint, data, model)
 
 
 def open_data(config: FinetuneConfig, checkpoint: Path, say: Callable[[object], None]) -> Data:

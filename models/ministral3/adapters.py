@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from m3kernels.models.ministral3.adapted import (
     AdapterConfig,
@@ -113,6 +113,16 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
 
 
+def _adapted_state(model: "Ministral3", on_meta: str) -> dict[str, Tensor]:
+    """Parameters by name of an adapted model that has memory; ``on_meta``: what to say of one that has none."""
+    check_adapted(model)
+    # this has FSDP2 take back what it gathered
+    state = model.state_dict(keep_vars=True)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise AdapterError(f"the model is on the meta device: {on_meta}")
+    return state
+
+
 @torch.no_grad()
 def reset_adapters(model: "Ministral3", seed: int) -> None:
     """A as PEFT draws it (uniform to 1 / sqrt(K)), B zero, DoRA's magnitudes the norms of the weights' rows.
@@ -123,11 +133,7 @@ def reset_adapters(model: "Ministral3", seed: int) -> None:
     Raises:
         AdapterError: no adapters, or a model on the meta device.
     """
-    check_adapted(model)
-    # this has FSDP2 take back what it gathered
-    state = model.state_dict(keep_vars=True)
-    if any(tensor.is_meta for tensor in state.values()):
-        raise AdapterError("the model is on the meta device: load its weights first, then reset_adapters")
+    state = _adapted_state(model, "load its weights first, then reset_adapters")
     generator = torch.Generator().manual_seed(seed)
     for name, layer in adapted_layers(model).items():
         A = state[f"{name}.{LORA_A}"]
@@ -151,10 +157,7 @@ def merge_adapters(model: "Ministral3") -> None:
     Raises:
         AdapterError: no adapters, or a model on the meta device.
     """
-    check_adapted(model)
-    state = model.state_dict(keep_vars=True)
-    if any(tensor.is_meta for tensor in state.values()):
-        raise AdapterError("the model is on the meta device: there is nothing to merge yet")
+    state = _adapted_state(model, "there is nothing to merge yet")
     for name, layer in adapted_layers(model).items():
         parts = [state.get(f"{name}.{part}") for part in ("weight", LORA_A, LORA_B, MAGNITUDE)]
         whole = merged_weight(*(part if part is None else whole_of(part) for part in parts), layer.scaling)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from m3kernels.models.ministral3.files import CheckpointError
 from m3kernels.models.ministral3.merging import PARTS, is_adapter, merged_weight
-from m3kernels.models.ministral3.shards import whole_of
+from m3kernels.models.ministral3.shards import part_of, whole_of
 from m3kernels.models.ministral3.weights import EMBEDDING, HEAD, runtime_name
 
 Result = TypeVar("Result")
@@ -117,5 +117,5 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors, sharded ones by their local part, are one memory."""
     if a is None or b is None:
         return False
-    a, b = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (a, b))
+    a, b = (part_of(tensor) for tensor in (a, b))
     return a.data_ptr() == b.data_ptr() != 0

@@ -8,6 +8,7 @@ import learn_receipts
 import pytest
 
 from m3kernels.bench import finetune
+from m3kernels.bench.report import insert
 from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.data.makers import all_makers
 from m3kernels.models.finetune.resolve import value
@@ -42,10 +43,11 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 def test_tables_are_those_of_the_kept_files():
     steps = sorted(RESULTS.glob("*/*-finetune.ndjson"))[-1]
     rows = [json.loads(line) for line in steps.read_text(encoding="utf-8").splitlines()]
-    assert finetune.with_table(PAGE, rows, steps.name) == PAGE
+    assert insert(finetune.DOCS, finetune.table(rows, steps.name), finetune.BEGIN, finetune.END) == PAGE
     summary = sorted(RESULTS.glob("*/*-receipts/summary.json"))[-1]
     receipts = json.loads(summary.read_text(encoding="utf-8"))
-    assert learn_receipts.with_table(PAGE, receipts, summary.parent.name) == PAGE
+    table = learn_receipts.table(receipts, summary.parent.name)
+    assert insert(learn_receipts.DOCS, table, learn_receipts.BEGIN, learn_receipts.END) == PAGE
     assert all(receipts[kind]["exact"] >= least for kind, least in receipts["required"].items())
     for kind in ("lora", "dora", "projector"):
         # ours computes in bf16, what reloads it in fp32

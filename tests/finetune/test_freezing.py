@@ -28,11 +28,6 @@ TRAINED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
 @pytest.mark.parametrize("scheme, flags, whole, adapted", TRAINED)
 def test_what_is_trained(checkpoint, tmp_path, scheme, flags, whole, adapted):
     model = model_on_meta(

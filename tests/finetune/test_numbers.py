@@ -11,11 +11,6 @@ from pool import run
 SAVING = "checkpoint.save_interval=1 checkpoint.most_recent_k=0"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
 @pytest.mark.parametrize("tp, async_save", [(1, False), (1, True), (2, False)])
 def test_nan_stops_all_ranks_before_the_step(checkpoint, tmp_path, tp, async_save):
     layout = f"model.tensor_model_parallel_size={tp} checkpoint.async_save={async_save}"

@@ -18,11 +18,6 @@ ROWS = ["image", "text", "image", "text"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     path = samples.write(tmp_path_factory.mktemp("data") / "train.jsonl", ROWS)
     return f"dataset.type=local dataset.train_data_path={path} dataset.valid_data_path={path}"

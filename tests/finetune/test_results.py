@@ -16,11 +16,6 @@ from m3kernels.models.ministral3.files import CheckpointError
 from models import distance
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
 def logits(model) -> torch.Tensor:
     ids = torch.arange(1010, 1040)[None]
     with torch.no_grad():

@@ -16,11 +16,6 @@ HALF = "train.train_iters=2 scheduler.lr_decay_iters=4"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
 def half(checkpoint, tmp_path_factory):
     """The folder of a LoRA run of two steps of four; tests copy it."""
     folder = tmp_path_factory.mktemp("half")

@@ -25,11 +25,6 @@ SAVING = "checkpoint.save_interval=1 checkpoint.most_recent_k=0"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
 def straight(checkpoint, tmp_path_factory):
     """What two ranks make of the whole run, undisturbed, in processes of torchrun's."""
     folder = tmp_path_factory.mktemp("straight")

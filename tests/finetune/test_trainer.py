@@ -14,11 +14,6 @@ from models import FP64, assert_same
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1)]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
 def trained(made, ranks: int = 1) -> tuple[list[float], dict]:
     (losses, _), *_ = run(ranks, runs.run, made, timeout_s=300)
     return losses, runs.state(f"{made.dir}/{made.name}")

@@ -19,11 +19,6 @@ SETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return runs.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
 @pytest.mark.parametrize(
     "scheme, flags", [("none", ""), ("none", "--freeze-vision-model"), ("lora", "peft.adapt_vision=True")]
 )

@@ -31,7 +31,7 @@ from m3kernels.models.ministral3 import (
 from m3kernels.models.ministral3.adapted import AdaptedLinear, adapted_layers
 from m3kernels.models.ministral3.recompute import RUN
 from m3kernels.patching import adapters as fused
-from models import FP32, Float64, assert_same, batch_for, build, distance, text_batch
+from models import FP32, assert_same, batch_for, build, distance, float64_islands, text_batch
 
 PEFT = 1e-10
 LAYER = "model.language_model.layers.0"
@@ -48,7 +48,7 @@ def test_four_steps_are_pefts(kind, dora, tmp_path):
     hf, ours = adapted(kind, dora=dora)
     save_adapter(ours, tmp_path / "a", base_name_or_path=None)
     theirs = in_peft(hf, tmp_path / "a", trainable=True).train()
-    with Float64():
+    with float64_islands():
         batches = [batch_for(hf, seed=seed) for seed in range(4)]
         want, got = steps(theirs, batches), steps(ours.train(), batches)
     assert len(got) > 4 * len(adapter_parameters(ours))
@@ -62,7 +62,7 @@ def test_dropout_is_pefts(dora, tmp_path):
     save_adapter(ours, tmp_path / "a", base_name_or_path=None)
     theirs = in_peft(hf, tmp_path / "a", trainable=True).train()
     batch = text_batch(hf)
-    with Float64():
+    with float64_islands():
         found = []
         for model in (theirs, ours.train()):
             torch.manual_seed(7)
@@ -93,7 +93,7 @@ def norm_of_the_weight_alone(model, monkeypatch):
 def test_wrong_adapters_are_seen(wrong, monkeypatch):
     _, model = adapted("text", dora=True)
     batch = text_batch(model)
-    with Float64():
+    with float64_islands():
         right = trained(model.train(), batch)
         wrong(model, monkeypatch)
         found = trained(model, batch)
@@ -107,7 +107,7 @@ def test_biases_stay_outside_of_doras_scale(tmp_path, calls):
     disturb(ours)
     save_adapter(ours, tmp_path / "a", base_name_or_path=None)
     theirs, batch = in_peft(hf, tmp_path / "a", trainable=True).train(), batch_for(hf)
-    with Float64():
+    with float64_islands():
         want = steps(theirs, [batch])
         assert_same(steps(copy.deepcopy(ours).train(), [batch]), want, PEFT)
         m3kernels.patch(ours)
@@ -121,7 +121,7 @@ def test_peft_reads_what_is_saved(kind, dora, tmp_path):
     save_adapter(ours, tmp_path / "a", base_name_or_path="some/base")
     theirs = in_peft(hf, tmp_path / "a")
     batch = batch_for(hf)
-    with Float64():
+    with float64_islands():
         want, base = logits(theirs, batch), logits(hf, batch)
         assert distance(logits(ours, batch), want) <= PEFT
     assert distance(base, want) > 1e-2
@@ -172,7 +172,7 @@ def test_what_peft_saves_is_read(kind, change, tmp_path):
     add_adapters(ours, config, targets)
     load_adapter(ours, tmp_path / "a")
     batch = batch_for(hf)
-    with Float64():
+    with float64_islands():
         assert distance(logits(ours, batch), logits(theirs, batch)) <= PEFT
 
 
@@ -220,7 +220,7 @@ def test_modules_trained_whole_are_saved_beside_the_adapters(tmp_path):
     again = like(hf)
     add_adapters(again, *adapter_of(tmp_path / "a"))
     load_adapter(again, tmp_path / "a")
-    with Float64():
+    with float64_islands():
         want = logits(theirs, batch)
         assert distance(logits(ours, batch), want) <= PEFT and distance(logits(again, batch), want) <= PEFT
 
@@ -350,7 +350,7 @@ def test_a_merged_export_is_the_unmerged_model(kind, dora, tmp_path):
     written = load_file(tmp_path / "merged" / "model.safetensors")
     assert written.keys() == load_file(tmp_path / "hf" / "model.safetensors").keys()
     again = names[kind].from_pretrained(tmp_path / "merged", dtype=torch.float64)
-    with Float64():
+    with float64_islands():
         want, base = logits(ours, batch), logits(hf, batch)
         assert distance(logits(again, batch), want) <= PEFT < 1e-2 < distance(base, want)
         merge_adapters(ours)

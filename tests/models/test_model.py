@@ -12,10 +12,10 @@ from models import (
     FP32,
     FP64,
     VOCAB,
-    Float64,
     assert_same,
     batch_for,
     distance,
+    float64_islands,
     on,
     released_rope,
     rope,
@@ -37,7 +37,7 @@ def test_loss_and_gradients(kind, dtype, attention):
     hf, ours = twins(kind, dtype=dtype, attention=attention)
     batch = batch_for(hf)
     if dtype == torch.float64:
-        with Float64():
+        with float64_islands():
             assert_same(trained(ours, batch), trained(hf, batch), FP64)
     else:
         assert_same(trained(ours, batch), trained(hf, batch), FP32)
@@ -90,7 +90,7 @@ def test_padding_with_holes_and_a_row_of_nothing_else():
 def test_loss_of_a_padded_batch(padding):
     hf, ours = twins(dtype=torch.float64)
     batch = text_batch(hf, batch=3, padding=padding)
-    with Float64():
+    with float64_islands():
         assert_same(trained(ours, batch), trained(hf, batch), FP64)
 
 
@@ -102,7 +102,7 @@ def test_labels_after_padding_do_not_count():
     first = batch["attention_mask"].argmax(1)
     clean = batch["labels"].clone()
     clean[torch.arange(2), first] = -100
-    with Float64():
+    with float64_islands():
         assert_same(trained(ours, batch), trained(hf, {**batch, "labels": clean}), FP64)
 
 
@@ -328,7 +328,7 @@ def test_outputs_as_transformers_gives_them():
     output = ours(**batch)
     assert output[0] is output.loss is output["loss"] and output.logits.requires_grad
     assert isinstance(ours(**batch, return_dict=False), tuple)
-    with Float64():
+    with float64_islands():
         for option in ({"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}):
             assert distance(ours(**batch, **option).loss, hf(**batch, **option).loss) <= FP64
         shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]

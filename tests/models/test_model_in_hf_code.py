@@ -9,7 +9,7 @@ import torch
 from native import kept, like, seen, trained, twins
 
 import m3kernels
-from models import FP32, FP64, VOCAB, Float64, assert_same, batch_for, distance, inputs, text_batch
+from models import FP32, FP64, VOCAB, assert_same, batch_for, distance, float64_islands, inputs, text_batch
 
 PATCHED = pytest.mark.parametrize("patched", [False, True], ids=["eager", "patched"])
 
@@ -94,7 +94,7 @@ def test_adapters_train_alike_and_load_in_hugging_face(options, patched, tmp_pat
     from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(0)
-    with Float64():
+    with float64_islands():
         hf, ours = pair("vlm", dtype=torch.float64)
         wrapped = get_peft_model(ours, LoraConfig(r=3, task_type="CAUSAL_LM", init_lora_weights=False, **options))
         if patched:

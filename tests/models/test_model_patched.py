@@ -12,7 +12,7 @@ from torch import nn
 import m3kernels
 from m3kernels.models.ministral3 import Ministral3
 from m3kernels.patching.joint import lay_side_by_side, whole_weight
-from models import FP32, FP64, VOCAB, Float64, assert_same, batch_for, distance, text_batch, vlm_batch
+from models import FP32, FP64, VOCAB, assert_same, batch_for, distance, float64_islands, text_batch, vlm_batch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.interpreter
@@ -40,7 +40,7 @@ def test_loss_and_gradients(kind, device):
 def test_loss_and_gradients_in_fp64(kind):
     hf, plain, ours = three(kind, dtype=torch.float64)
     batch = batch_for(hf)
-    with Float64():
+    with float64_islands():
         assert_same(trained(ours, batch), trained(plain, batch), FP64)
 
 

@@ -28,7 +28,7 @@ from m3kernels.models.ministral3 import (
 )
 from m3kernels.parallel import make_mesh
 from m3kernels.patching import adapters as fused
-from models import Float64, text_batch
+from models import float64_islands, text_batch
 
 # what is left out, by the name that the module uses for it
 WRONG = {
@@ -53,7 +53,7 @@ def train(
     kind: str, dora: bool, tp: int, dp: int, replicate: int = 1, wrong: str = "", module: str = "", count: int = 4
 ) -> tuple[dict, dict]:
     """(what one process sees, what this rank of many sees) in ``count`` steps of AdamW."""
-    with Float64(), ExitStack() as stack:
+    with float64_islands(), ExitStack() as stack:
         one = model_of(kind, dora, train=module)
         many = parallelize(copy.deepcopy(one), make_mesh(tp, dp, replicate, device_type="cpu"))
         ranks = dp * replicate
@@ -65,8 +65,8 @@ def train(
 
 def with_dropout(dora: bool, tp: int, mode: str) -> tuple[dict, dict]:
     """(one process, many) from the same seed, with masks drawn in training and under recompute."""
-    # a backward that recomputes is outside of Float64
-    with Float64() if mode == "none" else nullcontext():
+    # a backward that recomputes is outside of float64_islands
+    with float64_islands() if mode == "none" else nullcontext():
         one = model_of("text", dora, dropout=0.4)
         many = parallelize(copy.deepcopy(one), make_mesh(tp, 1, device_type="cpu"))
         set_recompute(many, mode)

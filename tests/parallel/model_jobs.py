@@ -16,7 +16,7 @@ from m3kernels.models.ministral3 import Ministral3, layers
 from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.recompute import RUN, set_recompute
 from m3kernels.parallel import make_mesh
-from models import Float64, distance, text_batch, vlm_batch
+from models import distance, float64_islands, text_batch, vlm_batch
 
 # eight query heads over four of keys, so that four ranks can share them; a vocabulary of four parts
 TEXT = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 152}
@@ -86,7 +86,7 @@ def train(
     device: str = "cpu",
 ) -> tuple[dict, dict]:
     """(what one process sees, what this rank of many sees)."""
-    with Float64() if dtype == torch.float64 else nullcontext():
+    with float64_islands() if dtype == torch.float64 else nullcontext():
         one = twin(kind, tied, dtype, device)
         for name, parameter in one.named_parameters():
             parameter.requires_grad_(not freeze or freeze not in name)

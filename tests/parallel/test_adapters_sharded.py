@@ -10,7 +10,7 @@ from peft_twins import in_peft
 from pool import run
 from safetensors.torch import load_file
 
-from models import FP32, FP64, Float64, assert_same, batch_for, build, distance
+from models import FP32, FP64, assert_same, batch_for, build, distance, float64_islands
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 both = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -85,7 +85,7 @@ def test_files_are_those_of_one_process(kind, dora, tp, dp, loaded, tmp_path):
     options = {**TEXT, "tie_word_embeddings": False}
     hf = build(kind, dtype=torch.float64, **(options if kind == "text" else {"text": options}))
     theirs, batch = in_peft(hf, tmp_path / "adapter"), batch_for(hf)
-    with Float64():
+    with float64_islands():
         want = seen(one.eval(), batch)["logits"]
         assert distance(seen(theirs, batch)["logits"], want) <= 1e-10
         assert distance(seen(hf, batch)["logits"], want) > 1e-2

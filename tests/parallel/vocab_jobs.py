@@ -14,7 +14,7 @@ from m3kernels.models.ministral3 import Ministral3
 from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.weights import EMBEDDING, HEAD
 from m3kernels.parallel import make_mesh
-from models import VOCAB, Float64, text_batch
+from models import VOCAB, float64_islands, text_batch
 
 PADDED = (EMBEDDING, HEAD)
 
@@ -47,7 +47,7 @@ def stripped(seen: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
 
 def train(kind: str, tied: bool, tp: int, dp: int, multiple: int, patched: bool = False, dtype=torch.float64):
     """(what one process without padding sees, what this rank sees, whether padding stayed zero)."""
-    with Float64() if dtype == torch.float64 else nullcontext():
+    with float64_islands() if dtype == torch.float64 else nullcontext():
         one = unpadded(kind, tied, dtype)
         many = with_padding(one, multiple)
         if patched:

@@ -14,7 +14,6 @@ import json
 import platform
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import matplotlib
@@ -23,11 +22,13 @@ import tiny_checkpoint
 import torch
 from torch import nn
 
+from m3kernels.bench.report import insert
 from m3kernels.cli.demo_model import ModelSize
 from m3kernels.models.finetune.config import DatasetConfig, FinetuneConfig
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.sources import open_source
 from m3kernels.models.finetune.metrics import METRICS, read_metrics, smoothed
+from m3kernels.models.finetune.progress import versions
 from m3kernels.models.finetune.trainer import finetune
 from m3kernels.models.recipes import ministral3_3b_finetune_config
 
@@ -135,8 +136,8 @@ def plot(folder: Path, runs: dict[str, Path]) -> None:
     figure.savefig(folder / "receipts.png", dpi=110)
 
 
-def with_table(text: str, summary: dict, name: str) -> str:
-    """The page with its table made anew."""
+def table(summary: dict, name: str) -> str:
+    """For the docs, with the picture beside it."""
     lines = ["| trained | receipts | read without a mistake | required | reloaded in plain transformers and PEFT |"]
     lines.append("|---|---|---:|---:|---:|")
     before = summary["dark receipts before"]
@@ -147,9 +148,8 @@ def with_table(text: str, summary: dict, name: str) -> str:
         lines.append(f"| {title} | {set_of} | {found['exact']:.1%} | {summary['required'][kind]:.0%} | {again} |")
     note = f"Of 200 receipts of digits that training did not see. Before the finetunes {before:.1%} of those in white on black "
     note += f"were read. {summary['seconds']} s in all on one {summary['machine']}; `{name}`."
-    head, rest = text.split(BEGIN)
     picture = "![Loss and receipts read without a mistake](finetune/receipts.png)"
-    return f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n\n{note}\n\n{picture}\n{END}{rest.split(END)[1]}"
+    return "\n".join(lines) + f"\n\n{note}\n\n{picture}"
 
 
 def main() -> int:
@@ -160,9 +160,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.report is not None:
         summary = json.loads(args.report.read_text(encoding="utf-8"))
-        DOCS.write_text(
-            with_table(DOCS.read_text(encoding="utf-8"), summary, args.report.parent.name), encoding="utf-8"
-        )
+        DOCS.write_text(insert(DOCS, table(summary, args.report.parent.name), BEGIN, END), encoding="utf-8")
         return 0
     folder, plan, began = args.folder, QUICK if args.quick else Plan(), time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,7 +184,7 @@ def main() -> int:
     summary["required"] = REQUIRED
     summary["seconds"] = round(time.time() - began)
     summary["machine"] = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-    summary["versions"] = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "m3kernels")}
+    summary["versions"] = versions(("torch", "transformers", "peft", "m3kernels"))
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     plot(folder, runs)
     print(json.dumps(summary, indent=2))
