@@ -4,6 +4,9 @@ from m3kernels.ops._common import KernelLaunchError
 from m3kernels.ops.adamw import adamw, adamw_reference
 from m3kernels.ops.attention import attention, attention_reference
 from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference
+from m3kernels.ops.decode_linear import decode_linear, decode_linear_reference
+from m3kernels.ops.decode_qkv import decode_qkv, decode_qkv_reference
+from m3kernels.ops.decode_swiglu import decode_swiglu, decode_swiglu_reference
 from m3kernels.ops.dora_linear import dora_linear, dora_linear_reference, dora_norm, dora_norm_reference
 from m3kernels.ops.fp8_dequantize import fp8_dequantize, fp8_dequantize_reference
 from m3kernels.ops.fp8_linear import fp8_linear, fp8_linear_reference
@@ -33,6 +36,12 @@ __all__ = [
     "attention_decode",
     "attention_decode_reference",
     "attention_reference",
+    "decode_linear",
+    "decode_linear_reference",
+    "decode_qkv",
+    "decode_qkv_reference",
+    "decode_swiglu",
+    "decode_swiglu_reference",
     "dora_linear",
     "dora_linear_reference",
     "dora_norm",

@@ -1,0 +1,189 @@
+"""What the decode ops share: a few rows of activations times rows of weights, which are read once, at the speed of memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3kernels.ops._common import TRITON_DTYPES, next_power_of_2
+from m3kernels.ops._triton import tl, triton
+from m3kernels.ops.fp8_dequantize import FP8
+from m3kernels.ops.rms_norm import rms_norm, rms_norm_reference
+
+# of activations; more are compute-bound, and a matrix product's
+MAX_ROWS = 64
+# fp16 sums of x times the norm's gain, before the norm's own factor, stay in range
+FP16_SCALE = 2.0**-6
+
+
+@dataclass(frozen=True)
+class WeightTile:
+    """Rows and columns of weights in one tile, warps, and tiles that are loaded ahead (where there are several rows of x)."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+@triton.jit
+def weights_times_x(
+    p_w1,
+    p_w2,
+    m_n,
+    p_x,
+    x_stride,
+    rows,
+    p_gain,
+    eps,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NORM: tl.constexpr,
+    PAIR: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(w1 n(x), w2 n(x)), each (BLOCK_N, ROWS) fp32: n is RMSNorm with its gain, or nothing.
+
+    1 / sqrt(mean(x^2) + eps) is one factor of a whole row of x: it multiplies the sums, and x is read once.
+    """
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    o_k, o_m = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
+    if ROWS == 1:
+        acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        acc2 = acc1
+        squares = tl.zeros([BLOCK_K], tl.float32)
+        for k in tl.static_range(0, K, BLOCK_K):
+            m_k = k + o_k < K
+            mask = m_n[:, None] if EVEN else m_n[:, None] & m_k[None, :]
+            b_w1 = tl.load(p_w1 + (k + o_k)[None, :], mask=mask, other=0.0)
+            if PAIR:
+                b_w2 = tl.load(p_w2 + (k + o_k)[None, :], mask=mask, other=0.0)
+            b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+            if NORM:
+                squares += b_x * b_x
+                b_x *= tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+            acc1 += b_w1.to(tl.float32) * b_x[None, :]
+            if PAIR:
+                acc2 += b_w2.to(tl.float32) * b_x[None, :]
+        y1 = tl.sum(acc1, axis=1)[:, None]
+        y2 = tl.sum(acc2, axis=1)[:, None] if PAIR else y1
+        mean = tl.sum(squares, axis=0) / K
+    else:
+        acc1 = tl.zeros([BLOCK_N, ROWS], tl.float32)
+        acc2 = acc1
+        squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
+        p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            m_k = k + o_k < K
+            mask = m_n[:, None] if EVEN else m_n[:, None] & m_k[None, :]
+            b_w1 = tl.load(p_w1 + (k + o_k)[None, :], mask=mask, other=0.0)
+            if PAIR:
+                b_w2 = tl.load(p_w2 + (k + o_k)[None, :], mask=mask, other=0.0)
+            b_x = tl.load(p_xs + (k + o_k)[:, None], mask=m_k[:, None] & (o_m < rows)[None, :], other=0.0)
+            if NORM:
+                wide = b_x.to(tl.float32)
+                squares += wide * wide
+                gain = tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32) * X_SCALE
+                b_x = (wide * gain[:, None]).to(b_x.dtype)
+            acc1 = tl.dot(b_w1.to(b_x.dtype), b_x, acc1, input_precision=PRECISION)
+            if PAIR:
+                acc2 = tl.dot(b_w2.to(b_x.dtype), b_x, acc2, input_precision=PRECISION)
+        y1, y2 = acc1, acc2
+        mean = tl.sum(squares, axis=0)[None, :] / K
+    if NORM:
+        factor = tl.math.rsqrt(mean + tl.cast(eps, tl.float32))
+        if ROWS > 1:
+            factor = factor / X_SCALE
+        y1 *= factor
+        y2 *= factor
+    return y1, y2
+
+
+@triton.jit
+def load_scales(p_scale, o_n, m_n, KIND: tl.constexpr):
+    """(BLOCK_N, 1): of the weight's rows; one for all where KIND is 1."""
+    o_scale = o_n if KIND == 2 else o_n * 0
+    return tl.load(p_scale + o_scale, mask=m_n, other=0.0)[:, None]
+
+
+def rows_meta(x: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
+    """The constexprs that :func:`weights_times_x` takes from a call; its launch options."""
+    rows = x.shape[0]
+    return {
+        "K": x.shape[1],
+        "ROWS": 1 if rows == 1 else max(16, next_power_of_2(rows)),
+        "BLOCK_N": tile.rows,
+        "BLOCK_K": min(tile.columns, max(16, next_power_of_2(x.shape[1]))),
+        "STAGES": tile.stages,
+        "NORM": norm_weight is not None,
+        "X_SCALE": FP16_SCALE if x.dtype == torch.float16 else 1.0,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "num_warps": tile.warps,
+    }
+
+
+def scale_kind(scale: Tensor | None) -> int:
+    """0 without scales, 1 for one of the whole weight, 2 for one of each row."""
+    return 0 if scale is None else 1 if scale.numel() == 1 else 2
+
+
+def fused_rows(x: Tensor) -> bool:
+    """Whether there are few enough rows for the kernels."""
+    return 1 <= x.shape[0] <= MAX_ROWS and x.dtype in TRITON_DTYPES
+
+
+def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight in ``dtype``: an E4M3 one times its scales in fp32, rounded once."""
+    if scale is None:
+        return weight
+    by_row = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
+    wide = torch.promote_types(dtype, torch.float32)
+    return (weight.to(wide) * by_row.to(wide)).to(dtype)
+
+
+def products(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    norm_weight: Tensor | None,
+    eps: float,
+    *,
+    reference: bool = True,
+) -> list[Tensor]:
+    """Plain PyTorch: the norm, then one matrix product for each weight."""
+    if norm_weight is not None:
+        x = rms_norm_reference(x, norm_weight, eps) if reference else rms_norm(x, norm_weight, eps)
+    return [F.linear(x, dense_weight(weight, scale, x.dtype)) for weight, scale in zip(weights, scales)]
+
+
+def check_products(
+    op: str,
+    x: Tensor,
+    weights: dict[str, Tensor],
+    scales: dict[str, Tensor | None],
+    norm_weight: Tensor | None,
+) -> None:
+    """Raises ValueError or TypeError for what the decode ops do not take."""
+    shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in {"x": x, **weights}.items())
+    if x.dim() != 2 or any(w.dim() != 2 or w.shape[1] != x.shape[1] for w in weights.values()):
+        raise ValueError(f"{op}: needs x (M, K) and weights (N, K), got {shapes}")
+    for (name, weight), scale in zip(weights.items(), scales.values()):
+        if type(weight).__name__ == "DTensor":
+            raise TypeError(f"{op}: {name} is a DTensor; pass the local shard (tensor.to_local())")
+        if weight.dtype != (FP8 if scale is not None else x.dtype):
+            raise TypeError(f"{op}: {name} must be of x's dtype, or {FP8} with its scale; got {shapes}")
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() not in (1, weight.shape[0])):
+            raise ValueError(
+                f"{op}: {name} (N, K) takes one fp32 scale or (N,); got {tuple(scale.shape)} {scale.dtype}, {shapes}"
+            )
+    if norm_weight is not None and norm_weight.shape != x.shape[1:]:
+        raise ValueError(f"{op}: norm_weight must be (K,), got {tuple(norm_weight.shape)}, {shapes}")
+    tensors = (x, *weights.values(), norm_weight)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(f"{op} has no backward: call it under torch.no_grad()")

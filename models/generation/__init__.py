@@ -1,0 +1,1 @@
+"""Generation: prompts to tokens, the decode step, and text again."""
