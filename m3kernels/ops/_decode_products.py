@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m3kernels.ops._common import TRITON_DTYPES, next_power_of_2
-from m3kernels.ops._triton import tl, triton
+from m3kernels.ops._triton import INTERPRET, tl, triton
 from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.ops.rms_norm import rms_norm, rms_norm_reference
 
@@ -47,10 +48,12 @@ def weights_times_x(
     PAIR: tl.constexpr,
     X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """(w1 n(x), w2 n(x)), each (BLOCK_N, ROWS) fp32: n is RMSNorm with its gain, or nothing.
 
-    1 / sqrt(mean(x^2) + eps) is one factor of a whole row of x: it multiplies the sums, and x is read once.
+    1 / sqrt(mean(x^2) + eps) is one factor of a whole row of x: it multiplies the sums, and x is read once. With OVERLAP
+    the kernel begins while the one before it ends: weights, which nobody writes, are under way before it waits for x.
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     o_k, o_m = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
@@ -64,6 +67,9 @@ def weights_times_x(
             b_w1 = tl.load(p_w1 + (k + o_k)[None, :], mask=mask, other=0.0)
             if PAIR:
                 b_w2 = tl.load(p_w2 + (k + o_k)[None, :], mask=mask, other=0.0)
+            if OVERLAP and k == 0:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
             b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
             if NORM:
                 squares += b_x * b_x
@@ -75,6 +81,9 @@ def weights_times_x(
         y2 = tl.sum(acc2, axis=1)[:, None] if PAIR else y1
         mean = tl.sum(squares, axis=0) / K
     else:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         acc1 = tl.zeros([BLOCK_N, ROWS], tl.float32)
         acc2 = acc1
         squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
@@ -114,7 +123,7 @@ def load_scales(p_scale, o_n, m_n, KIND: tl.constexpr):
 
 def rows_meta(x: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
     """The constexprs that :func:`weights_times_x` takes from a call; its launch options."""
-    rows = x.shape[0]
+    rows, overlap = x.shape[0], overlaps(x.device)
     return {
         "K": x.shape[1],
         "ROWS": 1 if rows == 1 else max(16, next_power_of_2(rows)),
@@ -124,8 +133,16 @@ def rows_meta(x: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
         "NORM": norm_weight is not None,
         "X_SCALE": FP16_SCALE if x.dtype == torch.float16 else 1.0,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "OVERLAP": overlap,
         "num_warps": tile.warps,
-    }
+    } | ({"launch_pdl": True} if overlap else {})
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one before it has ended (programmatic dependent launch, Hopper and later)."""
+    nvidia = device.type == "cuda" and not torch.version.hip and not INTERPRET
+    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def scale_kind(scale: Tensor | None) -> int:

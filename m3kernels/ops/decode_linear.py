@@ -49,6 +49,7 @@ def decode_linear_kernel(
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
@@ -57,7 +58,7 @@ def decode_linear_kernel(
     p_rows = p_w + o_n[:, None] * w_stride
     y, _ = weights_times_x(
         *(p_rows, p_rows, m_n, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(False, X_SCALE, PRECISION),
+        *(False, X_SCALE, PRECISION, OVERLAP),
     )
     if SCALED:
         y *= load_scales(p_scale, o_n, m_n, SCALED)

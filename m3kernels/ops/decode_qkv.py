@@ -67,6 +67,7 @@ def decode_qkv_kernel(
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -88,7 +89,7 @@ def decode_qkv_kernel(
     p_first, p_second = p_weight + o_n[:, None] * w_stride, p_weight + (o_n + HALF)[:, None] * w_stride
     y1, y2 = weights_times_x(
         *(p_first, p_second, m_half, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(True, X_SCALE, PRECISION),
+        *(True, X_SCALE, PRECISION, OVERLAP),
     )
     if SCALED:
         y1 *= load_scales(p_scale, o_n, m_half, SCALED)

@@ -49,6 +49,7 @@ def decode_swiglu_kernel(
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -56,7 +57,7 @@ def decode_swiglu_kernel(
     p_gates, p_ups = p_gate + o_n[:, None] * gate_stride, p_up + o_n[:, None] * up_stride
     gate, up = weights_times_x(
         *(p_gates, p_ups, m_n, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(True, X_SCALE, PRECISION),
+        *(True, X_SCALE, PRECISION, OVERLAP),
     )
     if SCALED:
         gate *= load_scales(p_gate_scale, o_n, m_n, SCALED)
