@@ -24,8 +24,9 @@ from m3kernels.ops._decode_products import (
 from m3kernels.ops._triton import tl, triton
 from m3kernels.ops.rotary import rotary, rotary_reference
 
-ONE_ROW = WeightTile(rows=2, columns=1024, warps=4)
-MORE_ROWS = WeightTile(rows=16, columns=128, warps=2, stages=4)
+ONE_ROW = WeightTile(rows=2, columns=1024, warps=2)
+ONE_ROW_FP8 = WeightTile(rows=4, columns=1024, warps=4)
+MORE_ROWS = WeightTile(rows=32, columns=128, warps=2, stages=5)
 
 
 @triton.jit(do_not_specialize=["rows", "original_max"])
@@ -282,7 +283,7 @@ def _launch(
     k, v = caches or (x.new_empty((rows, k_heads, head_dim)) for _ in range(2))
     # of what has no slots, the stride of one is not used
     strides = [s for t in (k, v) for s in ((t.stride(0), t.stride(1), t.stride(2) if caches else 0))]
-    tile = ONE_ROW if rows == 1 else MORE_ROWS
+    tile = MORE_ROWS if rows > 1 else ONE_ROW if q_scale is None else ONE_ROW_FP8
     parts = cdiv(half, tile.rows)
     launch(
         "decode_qkv",

@@ -22,8 +22,9 @@ from m3kernels.ops._decode_products import (
 from m3kernels.ops._triton import tl, triton
 from m3kernels.ops.swiglu import swiglu, swiglu_reference
 
-ONE_ROW = WeightTile(rows=2, columns=1024, warps=4)
-MORE_ROWS = WeightTile(rows=32, columns=128, warps=2, stages=4)
+ONE_ROW = WeightTile(rows=1, columns=1024, warps=8)
+ONE_ROW_FP8 = WeightTile(rows=4, columns=1024, warps=4)
+MORE_ROWS = WeightTile(rows=32, columns=128, warps=2, stages=3)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -137,7 +138,7 @@ def _launch(
     out = x.new_empty((rows, width))
     if out.numel() == 0:
         return out
-    tile = ONE_ROW if rows == 1 else MORE_ROWS
+    tile = MORE_ROWS if rows > 1 else ONE_ROW if gate_scale is None else ONE_ROW_FP8
     launch(
         "decode_swiglu",
         decode_swiglu_kernel,

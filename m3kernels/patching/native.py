@@ -94,7 +94,9 @@ def sequences_forward(self: nn.Module, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tens
             note_fallback("attention", reason)
         return original_forward(self)(self, q_THK, k_TGK, v_TGK, sequences, cache)
     if cache is not None:
-        return _cached(self, q_THK, *cache.update(self.layer, k_TGK, v_TGK), sequences, cache)
+        cache.write(self.layer, k_TGK, v_TGK)
+        if not cache.fresh:
+            return _cached(self, q_THK, *cache.read(self.layer, k_TGK.dtype), sequences, cache)
     packed = {}
     if len(sequences.lengths) > 1:
         longest = max(sequences.lengths)
@@ -117,7 +119,10 @@ def _cached(self: nn.Module, q_THK: Tensor, keys: Tensor, values: Tensor, sequen
         with torch.no_grad():
             out = attention_decode(q, keys, values, cache.filled_on_device, window=self.window)
         return out.transpose(1, 2).flatten(0, 1)
-    k, v = (torch.cat([held[row, :, :n] for row, n in zip(rows, cache.filled)], dim=1)[None] for held in (keys, values))
+    if len(rows) == 1:
+        k, v = (held[rows[0], :, : cache.filled[0]][None] for held in (keys, values))
+    else:
+        k, v = (torch.cat([held[r, :, :n] for r, n in zip(rows, cache.filled)], dim=1)[None] for held in (keys, values))
     bounds = F.pad(cache.filled_on_device.cumsum(0, dtype=torch.int32), (1, 0))
     packed = {"cu_seqlens_q": sequences.cu_seqlens, "cu_seqlens_k": bounds}
     longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(cache.filled)}

@@ -1,9 +1,40 @@
 """Keys and values of what was seen, without padding: row ``i`` holds the first ``lengths[i]`` tokens of sequence ``i``."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 GROWS_BY = 256
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(FP8).max
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's memory.
+
+    Attributes:
+        keys, values: (batch, G, room, K).
+        key_scales, value_scales: (batch, G, room) fp32 of an E4M3 cache, one for each token and head; else None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> "LayerCache":
+        """Zeros: what nobody has written may be read, and masked, by a kernel."""
+        pair = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        scales = [torch.zeros(shape[:3], device=device) for _ in range(2)] if dtype == FP8 else []
+        return cls(*pair, *scales)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        every = (self.keys, self.values, self.key_scales, self.value_scales)
+        return tuple(t for t in every if t is not None)
 
 
 class KVCache:
@@ -16,13 +47,16 @@ class KVCache:
         columns: how many columns of (batch, seq) inputs went through it, padding included: where transformers' default
             positions go on.
         room: for how many tokens a sequence there is memory. It grows on demand, to twice what it was.
+        dtype: of the memory: None is that of the keys; E4M3 keeps a scale for each token and head.
     """
 
-    def __init__(self, batch: int, room: int = GROWS_BY):
+    def __init__(self, batch: int, room: int = GROWS_BY, *, dtype: torch.dtype | None = None):
+        self.batch = batch
         self.lengths = [0] * batch
         self.columns = 0
         self.room = room
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.dtype = dtype
+        self._layers: dict[int, LayerCache] = {}
         self._slots: tuple[Tensor, Tensor] | None = None
         self._rows: tuple[int, ...] = ()
         self.filled: tuple[int, ...] = ()
@@ -43,22 +77,47 @@ class KVCache:
         needed = max(self.filled)
         if needed > self.room:
             self.room = max(needed, 2 * self.room)
-            for layer, pair in self._layers.items():
-                self._layers[layer] = tuple(_longer(x, self.room) for x in pair)
-        row_T = [row for row, length in kept for _ in range(length)]
-        at_T = [self.lengths[row] + i for row, length in kept for i in range(length)]
-        self._slots = tuple(torch.tensor(x, device=device) for x in (row_T, at_T))
+            for layer, held in self._layers.items():
+                self._layers[layer] = LayerCache(*(_longer(x, self.room) for x in held.tensors))
+        row_T = torch.repeat_interleave(*(torch.tensor(x) for x in ([r for r, _ in kept], [n for _, n in kept])))
+        at_T = torch.cat([torch.arange(self.lengths[row], self.lengths[row] + length) for row, length in kept])
+        self._slots = tuple(x.to(device, non_blocking=True) for x in (row_T, at_T))
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the forward that has begun sees nothing but its own tokens."""
+        return not any(self.lengths[row] for row in self._rows if row >= 0)
+
+    def layer(self, number: int) -> LayerCache:
+        """The memory of a layer that something was written to."""
+        return self._layers[number]
+
+    def write(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
+        """Appends the tokens of the forward that has begun."""
+        if layer not in self._layers:
+            shape = (len(self.lengths), k_TGK.shape[1], self.room, k_TGK.shape[2])
+            self._layers[layer] = LayerCache.empty(shape, self.dtype or k_TGK.dtype, k_TGK.device)
+        held, (row_T, at_T) = self._layers[layer], self._slots
+        pairs = zip((held.keys, held.values), (held.key_scales, held.value_scales), (k_TGK, v_TGK))
+        for memory, scales, new_TGK in pairs:
+            new_TGK = new_TGK[: len(row_T)].detach()
+            if scales is not None:
+                new_TGK, scales[row_T, :, at_T] = quantize(new_TGK)
+            memory[row_T, :, at_T] = new_TGK.to(memory.dtype)
+
+    def read(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(keys, values), each (batch, G, room, K) in ``dtype``; of an E4M3 cache as long as the longest sequence."""
+        held = self._layers[layer]
+        if held.key_scales is None:
+            return held.keys, held.values
+        n = max(self.filled)
+        pairs = ((held.keys, held.key_scales), (held.values, held.value_scales))
+        return tuple((x[:, :, :n].float() * scale[:, :, :n, None]).to(dtype) for x, scale in pairs)
 
     def update(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor]:
         """Appends the tokens of the forward that has begun; returns the layer's (keys, values), each (batch, G, room, K)."""
-        if layer not in self._layers:
-            shape = (len(self.lengths), k_TGK.shape[1], self.room, k_TGK.shape[2])
-            self._layers[layer] = (k_TGK.new_zeros(shape), v_TGK.new_zeros(shape))
-        keys, values = self._layers[layer]
-        row_T, at_T = self._slots
-        keys[row_T, :, at_T] = k_TGK[: len(row_T)].detach()
-        values[row_T, :, at_T] = v_TGK[: len(row_T)].detach()
-        return keys, values
+        self.write(layer, k_TGK, v_TGK)
+        return self.read(layer, k_TGK.dtype)
 
     def end(self, columns: int) -> None:
         """Counts the tokens that every layer has appended, out of ``columns`` of input."""
@@ -67,8 +126,32 @@ class KVCache:
                 self.lengths[row] = filled
         self.columns += columns
 
+    def take(self, source: "KVCache", rows: list[int], from_rows: list[int], lengths: list[int]) -> None:
+        """Makes rows begin with what other rows, of this or of another cache, begin with.
+
+        Args:
+            rows: of this cache, each once.
+            from_rows: of ``source``, for each of them.
+            lengths: tokens that each takes; what it had is forgotten.
+        """
+        if rows and (count := max(lengths)):
+            for number, theirs in source._layers.items():
+                if number not in self._layers:
+                    shape = (len(self.lengths), theirs.keys.shape[1], self.room, theirs.keys.shape[3])
+                    self._layers[number] = LayerCache.empty(shape, theirs.keys.dtype, theirs.keys.device)
+                for mine, other in zip(self._layers[number].tensors, theirs.tensors):
+                    mine[rows, :, :count] = other[from_rows, :, :count]
+        for row, length in zip(rows, lengths):
+            self.lengths[row] = length
+
+
+def quantize(x_TGK: Tensor) -> tuple[Tensor, Tensor]:
+    """(E4M3, fp32 scales (T, G)): each token's head by its largest value."""
+    scale_TG = (x_TGK.abs().amax(dim=-1).float() / _FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x_TGK.float() / scale_TG[..., None]).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale_TG
+
 
 def _longer(x: Tensor, room: int) -> Tensor:
-    out = x.new_zeros((*x.shape[:2], room, x.shape[3]))
+    out = x.new_zeros((*x.shape[:2], room, *x.shape[3:]))
     out[:, :, : x.shape[2]] = x
     return out

@@ -110,6 +110,7 @@ class TextConfig:
 
     Attributes:
         vocab_size: ids that there are.
+        max_positions: tokens of the longest sequence that the model was made for.
         pad_vocab_to: embedding and head have rows up to a multiple of this, zeros that no id names and no logit shows.
     """
 
@@ -126,6 +127,7 @@ class TextConfig:
     sliding_window: int | None
     attention_dropout: float
     pad_token_id: int | None
+    max_positions: int
     pad_vocab_to: int = 1
 
     def __post_init__(self):
@@ -257,6 +259,7 @@ def _text(hf) -> TextConfig:
         sliding_window=hf.sliding_window,
         attention_dropout=float(hf.attention_dropout),
         pad_token_id=hf.pad_token_id,
+        max_positions=hf.max_position_embeddings,
     )
 
 

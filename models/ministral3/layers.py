@@ -119,10 +119,12 @@ class SequenceAttention(nn.Module):
     ) -> Tensor:
         """(T, H, K)."""
         queries = q_THK.split(sequences.lengths)
-        if cache is None:
+        if cache is not None:
+            cache.write(self.layer, k_TGK, v_TGK)
+        if cache is None or cache.fresh:
             keys, values = (x.transpose(0, 1).split(sequences.lengths, dim=1) for x in (k_TGK, v_TGK))
             return torch.cat([self.one(q, k, v) for q, k, v in zip(queries, keys, values)])
-        keys, values = cache.update(self.layer, k_TGK, v_TGK)
+        keys, values = cache.read(self.layer, k_TGK.dtype)
         outs = []
         for q, row, filled in zip(queries, sequences.rows, cache.filled):
             seen = (keys[row, :, :filled], values[row, :, :filled])

@@ -313,7 +313,14 @@ class Ministral3(ModelMethods, nn.Module):
                 "pixel_values for a model without a vision tower: its checkpoint is the language model alone"
             )
         grids = grids_of(pixels, image_sizes, self.config.vision)
-        features_ND = self.model.image_features(pixels.to(x_tD.device), grids).to(x_tD.dtype)
+        features_ND = self.model.image_features(pixels.to(x_tD.device), grids)
+        return self.place_features(x_tD, ids_T, features_ND, group)
+
+    def place_features(
+        self, x_tD: Tensor, ids_T: Tensor, features_ND: Tensor, group: torch.distributed.ProcessGroup | None
+    ) -> Tensor:
+        """Embeddings with one feature for each image token of ``ids_T``, in their order."""
+        features_ND = features_ND.to(x_tD.dtype)
         is_image_T = ids_T == self.config.image_token
         wanted = int(is_image_T.sum())
         if wanted != features_ND.shape[0]:
@@ -330,13 +337,13 @@ class Ministral3(ModelMethods, nn.Module):
         """Logits in the input's shape; of a sharded vocabulary without a gradient."""
         x_TD = all_gather_tokens(x_tD, group)
         if isinstance(keep, int) and keep == 0:
-            return tokens.spread(self._whole_vocabulary(self.lm_head(x_TD), group))
+            return tokens.spread(self.whole_vocabulary(self.lm_head(x_TD), group))
         columns = slice(-keep, None) if isinstance(keep, int) else keep
         kept = tokens.spread(x_TD)[..., columns, :]
-        logits = self._whole_vocabulary(self.lm_head(kept.reshape(-1, kept.shape[-1])), group)
+        logits = self.whole_vocabulary(self.lm_head(kept.reshape(-1, kept.shape[-1])), group)
         return logits.view(*kept.shape[:-1], -1)
 
-    def _whole_vocabulary(self, logits_Tv: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    def whole_vocabulary(self, logits_Tv: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
         if group is None:
             return logits_Tv
         logits_VT = all_gather_tokens(logits_Tv.detach().t().contiguous(), group)

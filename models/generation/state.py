@@ -1,0 +1,163 @@
+"""What changes while tokens are drawn: all of it on the device, where a CUDA graph of the decode step finds it again."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from m3kernels.models.generation.prompt import GenerationError, Sampling
+from m3kernels.models.ministral3.cache import KVCache
+
+# drawn tokens that the device keeps for the host to fetch
+KEPT = 256
+# a step runs so often before it is recorded: kernels are compiled and libraries start on the way
+WARMUPS = 2
+
+
+def sample(logits, *, temperature, top_k, top_p, seed, step, greedy, filters):
+    if not greedy:
+        raise NotImplementedError
+    return logits.argmax(-1)
+
+
+class State:
+    """Cache, last tokens, positions and draws of B rows.
+
+    Attributes:
+        keys: of each row, what its part of the cache was computed from (``Prompt.keys``).
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        room: int,
+        kv_dtype: torch.dtype | None,
+        step: Callable,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+    ):
+        self.rows, self.device, self.group, self.step = rows, device, group, step
+        self.cache = KVCache(rows, room, dtype=kv_dtype)
+        self.keys: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * rows
+        self.ids = torch.zeros(rows, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self.filled = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.drawn = torch.zeros(KEPT, rows, dtype=torch.long, device=device)
+        # how many tokens were drawn: the next draw's number, and where it is kept
+        self.count = torch.zeros(1, dtype=torch.long, device=device)
+        self.temperature, self.top_p = (torch.ones(1, device=device) for _ in range(2))
+        self.top_k, self.seed = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
+        self.greedy, self.filters = True, False
+        self._graph: tuple[tuple, torch.cuda.CUDAGraph] | None = None
+        self._counted, self._ticket = 0, 0
+
+    def begin(self, lengths: list[int], sampling: Sampling) -> None:
+        """After the prompts, of these lengths, were read."""
+        self.positions.copy_(torch.tensor(lengths) - 1)
+        self.filled.copy_(torch.tensor(lengths))
+        self.count.zero_()
+        self._counted = 0
+        self.greedy = sampling.temperature == 0
+        self.filters = sampling.top_k > 0 or sampling.top_p < 1
+        for tensor, value in (
+            (self.temperature, sampling.temperature),
+            (self.top_p, sampling.top_p),
+            (self.top_k, sampling.top_k),
+            (self.seed, sampling.seed),
+        ):
+            tensor.fill_(value)
+
+    def draw(self, logits_BV: Tensor) -> None:
+        """The rows' next tokens, their positions, and one more drawn; nothing of it is seen by the host."""
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
+        ids = sample(logits_BV, **options, step=self.count, greedy=self.greedy, filters=self.filters)
+        if self.group is not None:
+            # ranks have the same logits up to a rounding, and must go on together
+            dist.broadcast(ids, group=self.group, group_src=0)
+        self.ids.copy_(ids)
+        self.drawn.index_copy_(0, self.count % KEPT, ids[None])
+        self.positions += 1
+        self.filled += 1
+        self.count += 1
+
+    def run(self, steps: int, *, graph: bool) -> None:
+        """So many steps: a token of every row each."""
+        if graph and not self._recorded():
+            self._record()
+        for _ in range(steps):
+            if graph:
+                self._graph[1].replay()
+            else:
+                self.forward()
+            self.cache.lengths = [length + 1 for length in self.cache.lengths]
+        self._counted += steps
+
+    def _recorded(self) -> bool:
+        return self._graph is not None and self._graph[0] == (self.greedy, self.filters)
+
+    def _record(self) -> None:
+        """Records one step; what runs before to be recorded leaves nothing behind but a slot that is written again."""
+        changing = (self.ids, self.positions, self.filled, self.drawn, self.count)
+        before = [tensor.clone() for tensor in changing]
+        self._graph = None
+
+        def restore() -> None:
+            for tensor, value in zip(changing, before):
+                tensor.copy_(value)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUPS):
+                self.forward()
+                restore()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.forward()
+        restore()
+        self._graph = (self.greedy, self.filters), graph
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.draw(self.step(self.ids, self.positions, self.filled, self.cache))
+
+    def fetch(self, count: int) -> Callable[[], Tensor]:
+        """A call that waits for the last ``count`` draws, (count, B), and no longer."""
+        last = self._counted
+        rows = torch.arange(last - count + 1, last + 1) % KEPT
+        if self.device.type != "cuda":
+            return lambda: self.drawn[rows]
+        host = torch.empty(self.drawn.shape, dtype=torch.long, pin_memory=True)
+        host.copy_(self.drawn, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> Tensor:
+            done.synchronize()
+            return host[rows]
+
+        return wait
+
+    def held(self, row: int) -> np.ndarray:
+        """The keys that the cache's row was computed from."""
+        return self.keys[row][: self.cache.lengths[row]]
+
+    def open(self) -> int:
+        """A ticket for a run; the one before it is no longer valid."""
+        self._ticket += 1
+        return self._ticket
+
+    def check(self, ticket: int) -> None:
+        """Raises GenerationError for a run whose rows another one has taken."""
+        if ticket != self._ticket:
+            raise GenerationError(
+                "another call has begun with this model's cache: take a run to its end before the next, or make a Generator for each"
+            )
+
+    def note(self, ticket: int, row: int, tokens: np.ndarray) -> None:
+        """Tokens that followed in a row, for the next call to find."""
+        if ticket == self._ticket and len(tokens):
+            self.keys[row] = np.concatenate([self.keys[row], tokens])
