@@ -154,7 +154,8 @@ class State:
         """Raises GenerationError for a run whose rows another one has taken."""
         if ticket != self._ticket:
             raise GenerationError(
-                "another call has begun with this model's cache: take a run to its end before the next, or make a Generator for each"
+                "another call has begun with this model's cache: take a run to its end before the next, or make a Generator "
+                "for each"
             )
 
     def note(self, ticket: int, row: int, tokens: np.ndarray) -> None:
