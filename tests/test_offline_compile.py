@@ -47,6 +47,7 @@ fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
 vocab_parallel = importlib.import_module("m3kernels.parallel.cross_entropy")
 adamw = importlib.import_module("m3kernels.ops.adamw")
 global_norm = importlib.import_module("m3kernels.ops.global_norm")
+sampling = importlib.import_module("m3kernels.ops.sample")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -326,6 +327,32 @@ def test_attention_combine(splits):
     constexprs = {"NEW": 1, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_SPLIT": splits}
     types = attention_types(kernel, constexprs) | {"p_partial": "*fp32"}
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 128)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("name", "warps", "constexprs"),
+    [
+        ("top", "warps", {"GROUP": 2048}),
+        ("bins", "bins_warps", {"FIRST": True, "SPLITS": 64, "PIVOTS": 32, "GROUP": 2048, "BLOCK": 128}),
+        ("bins", "bins_warps", {"FIRST": False, "SPLITS": 64, "PIVOTS": 32, "GROUP": 2048, "BLOCK": 128}),
+        ("compact", "warps", {"SPLITS": 64, "PIVOTS": 32, "GROUP": 2048}),
+        ("least", "least_warps", {"SPLITS": 64, "PIVOTS": 32, "WAYS": 32, "BLOCK": 256}),
+        ("race", "warps", {"LANES": 512, "DRAWS": False, "FILTERS": False}),
+        ("race", "warps", {"LANES": 512, "DRAWS": True, "FILTERS": True}),
+        ("pick", "warps", {"SPLITS": 64}),
+    ],
+    ids=str,
+)
+def test_sample(name, warps, constexprs, dtype):
+    kernel = getattr(sampling, f"sample_{name}_kernel")
+    types = {n: "*fp32" if n.startswith("p_") else "i32" for n in kernel.arg_names} | {"p_logits": f"*{dtype}"}
+    types |= dict.fromkeys(("p_top_k", "p_seed", "p_step", "p_out"), "*i64")
+    types |= dict.fromkeys(("p_id", "p_count", "p_last_count", "p_by_k"), "*i32")
+    report = compile_sm90(kernel, getattr(sampling.CONFIG, warps), {**constexprs, "OVERLAP": True}, types)
+    check(kernel, report, 0)
+    # the next kernel of a step may be launched before this one has ended
+    assert "griddepcontrol.wait" in report["ptx"]
 
 
 def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:

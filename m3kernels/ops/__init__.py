@@ -23,6 +23,7 @@ from m3kernels.ops.rotary import (
     rotary_reference,
     rotary_table,
 )
+from m3kernels.ops.sample import sample, sample_reference
 from m3kernels.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
@@ -66,6 +67,8 @@ __all__ = [
     "rotary_2d_table",
     "rotary_reference",
     "rotary_table",
+    "sample",
+    "sample_reference",
     "swiglu",
     "swiglu_reference",
 ]
