@@ -47,6 +47,7 @@ fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
 vocab_parallel = importlib.import_module("m3kernels.parallel.cross_entropy")
 adamw = importlib.import_module("m3kernels.ops.adamw")
 global_norm = importlib.import_module("m3kernels.ops.global_norm")
+kv_write = importlib.import_module("m3kernels.ops.kv_write")
 sampling = importlib.import_module("m3kernels.ops.sample")
 
 
@@ -306,7 +307,8 @@ def test_attention(name, dim, causal, window, packed, ranges):
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("new", "window"), [(1, False), (4, True), (16, False)])
-def test_attention_decode(new, window, dim):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_attention_decode(new, window, dim, scaled):
     kernel, config = decode.attention_decode_kernel, decode.CONFIG
     constexprs = {"NEW": new, "GROUP": 4, "ROWS": max(16, 4 * new), "DIM": dim, "BLOCK_DIM": rms.next_power_of_2(dim)}
     constexprs |= {
@@ -314,11 +316,30 @@ def test_attention_decode(new, window, dim):
         "WINDOW": window,
         "LENGTHS": not window,
         "RANGES": window,
+        "SCALED": scaled,
         "PRECISION": "tf32",
     }
     types = attention_types(kernel, constexprs) | {"p_partial": "*fp32", "p_length": "*i64"}
+    if scaled:
+        types |= dict.fromkeys(("p_k", "p_v"), "*fp8e4nv") | dict.fromkeys(("p_k_scale", "p_v_scale"), "*fp32")
     stages = config.stages if dim <= 128 else decode.WIDE_STAGES
-    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, stages), dim)
+    warps = decode.warps_for(constexprs["BLOCK_DIM"], scaled)
+    check(kernel, compile_sm90(kernel, warps, constexprs, types, stages), dim)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(8, 128), (3, 80)])
+def test_kv_write(heads, dim, scaled):
+    kernel = kv_write.kv_write_kernel
+    types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names} | {"p_rows": "*i64", "p_at": "*i64"}
+    if scaled:
+        types |= dict.fromkeys(("p_k_cache", "p_v_cache"), "*fp8e4nv")
+        types |= dict.fromkeys(("p_k_scale", "p_v_scale"), "*fp32")
+    constexprs = {"HEADS": heads, "DIM": dim, "BLOCK_HEADS": rms.next_power_of_2(heads)}
+    constexprs |= {"BLOCK_DIM": rms.next_power_of_2(dim), "HAS_ROWS": True, "SCALED": scaled}
+    report = compile_sm90(kernel, 4, constexprs | {"SMALLEST": kv_write.SMALLEST}, types)
+    check(kernel, report, 0)
+    assert not scaled or "cvt.rn.satfinite.e4m3x2.f32" in report["ptx"]
 
 
 @pytest.mark.parametrize("splits", [1, 64])
