@@ -145,6 +145,10 @@ class State:
         """The keys that the cache's row was computed from."""
         return self.keys[row][: self.cache.lengths[row]]
 
+    def forget(self) -> None:
+        """The cache's rows begin like no prompt."""
+        self.keys = [np.empty(0, dtype=np.int64)] * self.rows
+
     def open(self) -> int:
         """A ticket for a run; the one before it is no longer valid."""
         self._ticket += 1
