@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from m3kernels.models.finetune.config import FinetuneError
 from m3kernels.models.finetune.data.encode import Backend, Encoded, Encoder, tokenizer_folder
 from m3kernels.models.finetune.data.pixels import image_tokens
@@ -87,7 +89,22 @@ class Chat:
         return self.encoder.folder
 
     def prompt(self, text: str, images: Sequence = (), *, system: str | None = None, raw: bool | None = None) -> Prompt:
-        """What a model is given for a text with images.
+        """:meth:`encode` with the pixels."""
+        return self.with_pixels(self.encode(text, images, system=system, raw=raw))
+
+    def conversation(self, record: dict, *, system: str | None = None, folder: Path | None = None) -> Prompt:
+        """:meth:`encode_conversation` with the pixels."""
+        return self.with_pixels(self.encode_conversation(record, system=system, folder=folder))
+
+    def with_pixels(self, encoded: Encoded) -> Prompt:
+        """Decodes the images of a prompt; raises GenerationError for one that is corrupt."""
+        with refusals():
+            return Prompt(tuple(int(token) for token in encoded.tokens), tuple(self.encoder.pixels(encoded)))
+
+    def encode(
+        self, text: str, images: Sequence = (), *, system: str | None = None, raw: bool | None = None
+    ) -> Encoded:
+        """What a model is given for a text with images, of which only the headers are read.
 
         The images stand where the text has ``[IMG]``, or, where it has none, before it.
 
@@ -127,7 +144,7 @@ class Chat:
         parts = [part for part in parts if part["type"] != "text" or part["text"]]
         return self._templated([{"role": "user", "content": parts}, _ANSWER], None, system)
 
-    def conversation(self, record: dict, *, system: str | None = None, folder: Path | None = None) -> Prompt:
+    def encode_conversation(self, record: dict, *, system: str | None = None, folder: Path | None = None) -> Encoded:
         """What stands before the next answer of a conversation, or before its last one where it ends with an answer.
 
         Args:
@@ -154,13 +171,13 @@ class Chat:
         """The name of a control token, such as ``[THINK]``; None of one that is text."""
         return self.encoder.control(token)
 
-    def _templated(self, conversation: list[dict], tools, system: str | None) -> Prompt:
+    def _templated(self, conversation: list[dict], tools, system: str | None) -> Encoded:
         system = self.system if system is None else system
         with refusals():
             turns, tools = read_turns({"conversation": conversation, "tools": tools})
             if system is not None and not any(turn.role == "system" for turn in turns):
                 turns = (Turn("system", self._system_parts(system)), *turns)
-            return self._prompt(self.encoder.prompt_of(turns, tools))
+            return self.encoder.prompt_of(turns, tools)
 
     def _system_parts(self, text: str) -> tuple[dict, ...]:
         if not self.thinks:
@@ -169,7 +186,7 @@ class Chat:
         pieces = enumerate(_THOUGHT.split(text))
         return tuple(thinking_part(piece) if n % 2 else text_part(piece) for n, piece in pieces if piece)
 
-    def _raw(self, pieces: list[str], references: list) -> Prompt:
+    def _raw(self, pieces: list[str], references: list) -> Encoded:
         chat = self.encoder.chat
         vocabulary = chat.vocabulary if isinstance(chat, PlainText) else chat
         if len(pieces) == 1:
@@ -181,10 +198,7 @@ class Chat:
             tokens = [chat.bos, *_text(vocabulary, pieces[0])]
             for size, piece in zip(sizes, pieces[1:]):
                 tokens += [*image_tokens(size, **vocabulary.layout), *_text(vocabulary, piece)]
-            return self._prompt(Encoded(tokens, None, images, sizes))
-
-    def _prompt(self, encoded: Encoded) -> Prompt:
-        return Prompt(tuple(int(token) for token in encoded.tokens), tuple(self.encoder.pixels(encoded)))
+            return Encoded(np.asarray(tokens, dtype=np.int64), np.zeros(len(tokens), dtype=bool), images, sizes)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ def generated(kind: str, tp: int, tied: bool, adapted: bool) -> dict[str, list]:
         generator = Generator(model, chunk=13)
         found[name] = [g.tokens for g in generator.generate(prompts, Sampling(max_new_tokens=10))]
         found[f"{name} sampled"] = [
-            g.tokens for g in generator.generate(prompts, Sampling(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=3))
+            g.tokens
+            for g in generator.generate(prompts, Sampling(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=3))
         ]
         found[f"{name} fused"] = generator.fused
     return found
