@@ -85,7 +85,10 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     for given, reason in [
         ({"hf_model_path": tmp_path / "none"}, "does not exist"),
         ({"hf_model_path": tmp_path}, "holds no checkpoint"),
-        ({"hf_model_path": tiny.checkpoint(), "checkpoint_path": tmp_path}, "holds no checkpoint, nor a complete iter_N"),
+        (
+            {"hf_model_path": tiny.checkpoint(), "checkpoint_path": tmp_path},
+            "holds no checkpoint, nor a complete iter_N",
+        ),
         ({"hf_model_path": tiny.checkpoint(), "checkpoint_path": tmp_path / "x"}, "x does not exist"),
     ]:
         with pytest.raises(CheckpointError, match=reason):
