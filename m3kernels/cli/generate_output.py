@@ -80,9 +80,11 @@ class Output:
         if show is not None:
             show.end()
         else:
+            text = answer.text
             if answer.reasoning:
                 self._print(f"{HEADINGS[True]} {answer.reasoning.strip()}")
-            self._print(f"{HEADINGS[False]} {answer.text}")
+                text = text.lstrip("\n")
+            self._print(f"{HEADINGS[False]} {text}")
         self._write(request, answer)
         self._speed(run, f"{answer.prompt_tokens} tokens in, {ENDS[answer.reason]}")
         return 130 if interrupted else 0
