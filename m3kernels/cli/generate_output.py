@@ -150,14 +150,16 @@ class Streamed:
     def __init__(self, write: Callable[..., None]) -> None:
         self._write = write
         self._thinking: bool | None = None
+        # whether the line breaks that set an answer apart from thoughts may still come: the heading does that here
+        self._apart = False
 
     def piece(self, piece: Piece) -> None:
-        text = piece.text
         if piece.thinking != self._thinking:
+            self._apart = self._thinking is True
             self._write(("" if self._thinking is None else "\n") + HEADINGS[piece.thinking], end=" ")
             self._thinking = piece.thinking
-            # the line breaks that set thoughts apart from an answer are the headings' now
-            text = text.lstrip("\n")
+        text = piece.text.lstrip("\n") if self._apart else piece.text
+        self._apart = self._apart and not text
         self._write(text, end="")
 
     def end(self) -> None:

@@ -184,7 +184,7 @@ REFUSED = [
     (["--prompt", "A", "--top-p", "0"], "top_p=0.0; allowed"),
     (["--prompt", "A", "--top-k", "-1"], "top_k=-1; allowed"),
     (["--prompt", "A", "--max-new-tokens", "0"], "max_new_tokens=0; allowed"),
-    (["--prompt", "A", "--max-new-tokens", "125"], "has 4 tokens, and max_new_tokens is 125: together 129, and the model has 128"),
+    (["--prompt", "A", "--max-new-tokens", "125"], "max_new_tokens is 125: together 129, and the model has 128"),
     (["--prompt", "A " * 200], "the model has 128 positions; shorten the prompt\n"),
     (["--prompt", "A", "--checkpoint-path", "none"], "none does not exist"),
     (["--prompt", "A", "--adapter", "none"], "holds no adapter_model.safetensors"),
