@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 import runs
+import tiny_checkpoint
 import torch
 from data_folders import SPECIALS, write_tiny_tekken
 from prompts import by_transformers
-from safetensors.torch import load_file, save_file
 from transformers import Mistral3ForConditionalGeneration
 
 from m3kernels.models.generation.chat import Chat
@@ -29,16 +29,12 @@ def _folder() -> Path:
 @functools.cache
 def checkpoint() -> Path:
     """With the newest tokenizer's control tokens, which it hardly ever says; it has rows for 400 text tokens."""
-    folder = runs.tiny(_folder() / "tiny")
+    folder = tiny_checkpoint.write(_folder() / "tiny", vocab=runs.VOCAB, size=runs.SIZE, says_text=True)
     write_tiny_tekken(folder / "tekken.json")
     tekken = json.loads((folder / "tekken.json").read_text(encoding="utf-8"))
     tekken["vocab"] = tekken["vocab"][: runs.VOCAB - SPECIALS]
     tekken["config"] |= {"num_vocab_tokens": runs.VOCAB - SPECIALS, "default_vocab_size": runs.VOCAB}
     (folder / "tekken.json").write_text(json.dumps(tekken, ensure_ascii=False), encoding="utf-8")
-    weights = load_file(folder / "model.safetensors")
-    assert "lm_head.weight" not in weights and "language_model.lm_head.weight" not in weights
-    weights["language_model.model.embed_tokens.weight"][:SPECIALS] *= 0.1
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
