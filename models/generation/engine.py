@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3kernels.models.generation.prefill import Plan, Prefill, common
+from m3kernels.models.generation.prefill import Plan, Prefill, common, planned
 from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
 from m3kernels.models.generation.state import KEPT, State
 from m3kernels.models.generation.step import DecodeStep, module_step, why_not_fused
@@ -132,15 +132,8 @@ class Generator:
             raise GenerationError("there is no prompt; give at least one")
         if not 1 <= every <= MAX_EVERY:
             raise GenerationError(f"every={every}; allowed: 1 to {MAX_EVERY} tokens")
-        plans = [Plan.of(prompt, self.model, f"prompt {row}") for row, prompt in enumerate(prompts)]
-        most = self.model.config.text.max_positions
-        for row, plan in enumerate(plans):
-            if len(plan.keys) + sampling.max_new_tokens > most:
-                raise GenerationError(
-                    f"prompt {row} has {len(plan.keys)} tokens, and max_new_tokens is {sampling.max_new_tokens}: together "
-                    f"{len(plan.keys) + sampling.max_new_tokens}, and the model has {most} positions; shorten the prompt, "
-                    f"or take max_new_tokens={max(most - len(plan.keys), 0)}"
-                )
+        config = self.model.config
+        plans = [planned(prompt, config, sampling, f"prompt {row}") for row, prompt in enumerate(prompts)]
         for token in sampling.stop_tokens:
             if not 0 <= token < self.model.config.text.vocab_size:
                 raise GenerationError(f"stop token {token}; the model has {self.model.config.text.vocab_size} ids")
