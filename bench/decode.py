@@ -1,9 +1,10 @@
-"""The decode bench: ``generate()`` of Ministral 3 at real shapes with random weights, beside its peers, checked first.
+"""The decode bench: generation of Ministral 3 at real shapes with random weights, beside its peers, checked first.
 
     python -m m3kernels.bench.decode [--size 3b 8b] [--peers NAME ...] [--quick] [--out FILE.jsonl] [--seconds N]
 
 Time is read inside ``generate()``, by an event that a logits processor records after every forward: between two of them
-lies one token of every row, with whatever host time the GPU waits for. A peer's logits, for tokens that are forced upon
+lies one token of every row, with whatever host time the GPU waits for. Of our engine it is read between bursts of tokens
+(bench/decode_engine.py). A cell without new tokens is the vision tower alone. A peer's logits, for tokens that are forced upon
 all peers, must equal Hugging Face's before it is timed. Peers run one after another, since graphs and cache of a compiled
 one stay in memory. Needs a CUDA GPU; without one it says so and exits 2.
 """
@@ -19,15 +20,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from m3kernels.bench import measure, model_run
+from m3kernels.bench import decode_engine, measure, model_run
+from m3kernels.bench.decode_cells import CELLS, Cell, make_images, make_tokens
+from m3kernels.bench.decode_engine import Engine
 from m3kernels.bench.model_run import FAILED, OK, SKIPPED, WRONG
-from m3kernels.bench.model_shapes import PAD_TOKEN, SEED, SIZES, Size, build, decode_bytes, weight_bytes
+from m3kernels.bench.model_shapes import PAD_TOKEN, SIZES, build, decode_bytes, weight_bytes
 from m3kernels.bench.peers import OURS
 from m3kernels.bench.train_peers import Part, become, ours, own_attributes
 
 HF = "hf"
 # logits of the prompt and of so many forced tokens are compared
 FORCED = 8
+# of the vision tower for each repeat
+TOWER_CALLS = 5
 # the first tokens of a compiled generate() record its CUDA graphs for the new cache
 SETTLING = 4
 # Measured on narrow models of 26 and 40 layers: two bf16 evaluations of the logits (hf with SDPA, hf with eager attention,
@@ -36,39 +41,20 @@ BOUND = 0.2
 
 
 @dataclass(frozen=True)
-class Cell:
-    """``new_tokens`` tokens after a prompt, greedily, for ``batch`` rows of equal length."""
-
-    size: str
-    batch: int
-    prompt: int
-    new_tokens: int = 64
-    quick: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.size} batch {self.batch} prompt {self.prompt}"
-
-
-CELLS: tuple[Cell, ...] = (
-    Cell("3b", 1, 512, quick=True),
-    Cell("3b", 1, 16384),
-    Cell("3b", 16, 512),
-    Cell("8b", 1, 512),
-    Cell("8b", 1, 16384),
-    Cell("8b", 16, 512),
-    Cell("14b", 1, 512),
-    Cell("14b", 1, 16384),
-    Cell("14b", 16, 512),
-)
-
-
-@dataclass(frozen=True)
 class Peer:
-    """``static``: a static cache, with which ``generate()`` itself compiles the decoding forward (reduce-overhead)."""
+    """One way to generate.
+
+    Attributes:
+        parts: what a model is turned into.
+        static: with a static cache, with which ``generate()`` itself compiles the decoding forward (reduce-overhead).
+        engine: ours instead of ``generate()``.
+        bound: of the logits' error; quantised weights are another model's.
+    """
 
     parts: tuple[Part, ...] = ()
     static: bool = False
+    engine: Engine | None = None
+    bound: float = BOUND
 
 
 PEERS: dict[str, Peer] = {
@@ -76,6 +62,7 @@ PEERS: dict[str, Peer] = {
     "hf+compile": Peer(static=True),
     OURS: Peer((ours,)),
     f"{OURS}+compile": Peer((ours,), static=True),
+    f"{OURS}+engine": Peer(engine=Engine()),
 }
 
 
@@ -143,10 +130,13 @@ def compile_counts() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
 
 
-def generate(model: nn.Module, cell: Cell, prompt: Tensor, processor: LogitsProcessor, static: bool) -> None:
+def generate(
+    model: nn.Module, cell: Cell, prompt: Tensor, processor: LogitsProcessor, static: bool, pictures: dict[str, Tensor]
+) -> None:
     """``cell.new_tokens`` tokens through transformers' own loop."""
     model.generate(
         prompt,
+        **pictures,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=cell.new_tokens,
         do_sample=False,
@@ -158,28 +148,53 @@ def generate(model: nn.Module, cell: Cell, prompt: Tensor, processor: LogitsProc
     )
 
 
-def make_tokens(cell: Cell, size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts (batch, prompt) and the tokens forced after them (new_tokens, batch)."""
-    g = torch.Generator().manual_seed(SEED)
-    prompt = torch.randint(PAD_TOKEN + 1, size.vocab, (cell.batch, cell.prompt), generator=g)
-    forced = torch.randint(PAD_TOKEN + 1, size.vocab, (cell.new_tokens, cell.batch), generator=g)
-    return prompt.to(device), forced.to(device)
+def run_tower(me: Entry, cell: Cell, model: nn.Module, truth: Tensor | None, repeats: int) -> None:
+    """The images' features by ``get_image_features``, or by our own model's tower, in place of logits and tokens."""
+    pictures = make_images(cell, model.device)
+    if PEERS[me.peer].static:
+        raise ImportError("generate() compiles no vision tower")
+    if PEERS[me.peer].engine is not None:
+        features = decode_engine.tower(model, pictures["pixel_values"], cell.images)
+    else:
+
+        def features() -> Tensor:
+            found = model.get_image_features(**pictures)
+            found = getattr(found, "pooler_output", found)
+            return torch.cat(list(found)) if not isinstance(found, Tensor) else found
+
+    me.logits = features().float()[None]
+    judge(me, me.logits if truth is None else truth)
+    for _ in range(repeats * TOWER_CALLS if me.status == OK else 0):
+        watch = Stopwatch(model.device)
+        features()
+        watch.mark()
+        me.tokens += watch.intervals()
 
 
 def run_peer(
     me: Entry, cell: Cell, model: nn.Module, tokens: tuple[Tensor, Tensor], truth: Tensor | None, repeats: int
 ) -> None:
     """Logits, their check, and the times of ``repeats`` calls; what compiles does so for the logits."""
-    static, (prompt, forced) = PEERS[me.peer].static, tokens
+    static, engine, (prompt, forced) = PEERS[me.peer].static, PEERS[me.peer].engine, tokens
+    pictures = make_images(cell, prompt.device)
+    if engine is not None:
+        generator, prompts = engine.open(model), decode_engine.prompts_of(prompt, pictures, cell.images)
+        me.logits = decode_engine.forced_logits(generator, prompts, forced[:FORCED])
+        judge(me, me.logits if truth is None else truth)
+        for _ in range(repeats if me.status == OK else 0):
+            first, times = decode_engine.timed(generator, prompts, cell.new_tokens, Stopwatch(prompt.device))
+            me.first.append(first)
+            me.tokens += times
+        return
     watched, before = Forced(forced), compile_counts()
-    generate(model, cell, prompt, watched, static)
+    generate(model, cell, prompt, watched, static, pictures)
     me.logits = torch.stack(watched.logits)
     judge(me, me.logits if truth is None else truth)
     if me.status == OK and static and "_compiled_call" not in vars(model):
         me.status, me.reason = FAILED, f"generate() did not compile on {prompt.device.type}"
     for _ in range(repeats if me.status == OK else 0):
         watch = Stopwatch(prompt.device)
-        generate(model, cell, prompt, watch, static)
+        generate(model, cell, prompt, watch, static, pictures)
         first, *rest = watch.intervals()
         me.first.append(first)
         me.tokens += rest[SETTLING:]
@@ -192,8 +207,8 @@ def judge(me: Entry, truth: Tensor) -> None:
     off = torch.linalg.vector_norm(me.logits - truth, dim=(1, 2)) / torch.linalg.vector_norm(truth, dim=(1, 2))
     me.error = off.max().item()
     me.agreement = (me.logits.argmax(-1) == truth.argmax(-1)).float().mean().item()
-    if not me.error <= BOUND:
-        me.status, me.reason = WRONG, f"logits are {me.error:.2g} from hf's, over {BOUND:g}"
+    if not me.error <= PEERS[me.peer].bound:
+        me.status, me.reason = WRONG, f"logits are {me.error:.2g} from hf's, over {PEERS[me.peer].bound:g}"
 
 
 def enter(
@@ -212,7 +227,10 @@ def enter(
         with ExitStack() as stack:
             stack.enter_context(become(model, PEERS[peer].parts))
             stack.enter_context(own_attributes(model))
-            run = measure.Trial(lambda: run_peer(me, cell, model, tokens, truth, repeats))
+            if cell.new_tokens:
+                run = measure.Trial(lambda: run_peer(me, cell, model, tokens, truth, repeats))
+            else:
+                run = measure.Trial(lambda: run_tower(me, cell, model, truth, repeats))
             me.peak_bytes = gpu.peak_bytes(run)
     except Exception as error:  # a peer's failure is a result, not the end of the run
         me.status, me.reason = model_run.outcome(error)
@@ -250,9 +268,11 @@ def base_row(cell: Cell, peer: str, status: str, reason: str) -> dict:
     """A row in which nothing is known but who and why."""
     row = {"kind": "decode", **asdict(cell), "peer": peer, "status": status, "reason": reason}
     del row["quick"]
+    row["images"] = len(cell.images) or None
     unknown = ("ms_per_token", "p20", "p80", "ttft_ms", "tokens_per_s", "bandwidth_share", "peak_gib")
     row |= dict.fromkeys((*unknown, "logits_error", "argmax_agreement", "graphs", "cudagraph_skips"))
     needed = decode_bytes(SIZES[cell.size], cell.batch, cell.prompt + cell.new_tokens // 2)
+    needed = needed if cell.new_tokens else None
     return row | {"samples": 0, "bytes_per_token": needed, "bound": {"logits": BOUND}}
 
 
@@ -267,8 +287,9 @@ def row_of(cell: Cell, me: Entry, weights: int, ceilings: dict) -> dict:
     if me.status == OK:
         stats = measure.Stats.of(me.tokens)
         row |= {"ms_per_token": stats.median, "p20": stats.p20, "p80": stats.p80, "samples": stats.samples}
-        row |= {"ttft_ms": measure.Stats.of(me.first).median, "tokens_per_s": 1e3 * cell.batch / stats.median}
-        row["bandwidth_share"] = row["bytes_per_token"] / (1e-3 * stats.median) / ceilings["copy_bytes_s"]
+        if cell.new_tokens:
+            row |= {"ttft_ms": measure.Stats.of(me.first).median, "tokens_per_s": 1e3 * cell.batch / stats.median}
+            row["bandwidth_share"] = row["bytes_per_token"] / (1e-3 * stats.median) / ceilings["copy_bytes_s"]
         row["peak_gib"] = (me.peak_bytes + weights) / 2**30
     return row
 
@@ -299,21 +320,27 @@ def bench_decode(
     chosen, repeats = tuple(PEERS) if peers is None else peers, 2 if quick else 3
 
     def make(cell: Cell) -> nn.Module:
-        return build(SIZES[cell.size], "text", gpu.device).eval()
+        return build(SIZES[cell.size], "vision" if cell.images else "text", gpu.device).eval()
 
     def run(cell: Cell, model: nn.Module) -> Iterator[dict]:
         return bench_cell(cell, model, gpu, ceilings, chosen, repeats, deadline)
 
     cells = cells_of(size, quick, only)
-    yield from model_run.run_cells(cells, lambda cell: cell.size, make, run, base_row, gpu.device, deadline)
+    yield from model_run.run_cells(
+        cells, lambda cell: (cell.size, bool(cell.images)), make, run, base_row, gpu.device, deadline
+    )
 
 
 def show(row: dict) -> str:
     """A row as one line of the running log; WRONG, missing, oom and failed stand where the time would."""
     head = f"decode {row['size']} batch {row['batch']} prompt {row['prompt']}"
+    head += f" images {row['images']}" if row["images"] else ""
     head = f"{head:<32} {row['peer']:<18}"
     if row["ms_per_token"] is None:
         return f"{head} {row['status']}: {row['reason']}"
+    if not row["new_tokens"]:
+        spread = f"({row['p20']:.2f} to {row['p80']:.2f})"
+        return f"{head} {row['ms_per_token']:7.2f} ms a call {spread}  features off hf {row['logits_error']:.3f}"
     line = f"{head} {row['ms_per_token']:7.2f} ms a token ({row['p20']:.2f} to {row['p80']:.2f})"
     line += (
         f"  first {row['ttft_ms']:7.1f} ms  {row['tokens_per_s']:6.0f} tokens/s  {100 * row['bandwidth_share']:5.1f} %"

@@ -31,7 +31,10 @@ def cell_title(key: Cell) -> str:
     if key[0] == "train":
         _, size, modality, mode, seq, batch, recompute = key
         return f"{_size(size)} {modality}, {mode}, S {seq}, batch {batch}" + (", recomputed" if recompute else "")
-    _, size, batch, prompt, new_tokens = key
+    _, size, batch, prompt, new_tokens, images = key
+    if new_tokens == 0:
+        return f"{_size(size)} vision tower, {images} images of different sizes"
+    prompt = f"{prompt} with {images} image{'s' * (images > 1)}" if images else prompt
     return f"{_size(size)} decode, batch {batch}, prompt {prompt}" + (f", {new_tokens} new" if new_tokens else "")
 
 

@@ -44,7 +44,7 @@ def _of(kind: str) -> list[Target]:
 def target_title(target: Target) -> str:
     if target.cell[0] == "row":
         return title(target.cell[1:])
-    return cell_title(target.cell if target.cell[0] == "train" else (*target.cell, None))
+    return cell_title(target.cell if target.cell[0] == "train" else (*target.cell, None, None))
 
 
 def _line(target: Target, verdict: Verdict | None) -> list[str]:

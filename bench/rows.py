@@ -13,7 +13,7 @@ CELLS = {
     "row": ("op", "label", "direction"),
     "host": ("what", "pass"),
     "train": ("size", "modality", "mode", "seq", "batch", "recompute"),
-    "decode": ("size", "batch", "prompt", "new_tokens"),
+    "decode": ("size", "batch", "prompt", "new_tokens", "images"),
 }
 # who a row is about where a whole cell was skipped or broke
 EVERYONE = "all"

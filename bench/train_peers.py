@@ -86,8 +86,19 @@ def native(model: nn.Module) -> Iterator[None]:
 
     It recomputes where the model does, as far as "attention" asks: its output is kept.
     """
-    from m3kernels.models.ministral3 import Config, Ministral3
     from m3kernels.models.ministral3.recompute import set_recompute
+
+    base, twin = unwrap(model), native_twin(model)
+    set_recompute(twin, "attention" if base.is_gradient_checkpointing else "none")
+    # what the row says of the attention; nothing else reads it inside the block
+    named = attribute(base.config.get_text_config(), "_attn_implementation_internal", OURS)
+    with ours(twin), attribute(base, "forward", twin.forward), named:
+        yield
+
+
+def native_twin(model: nn.Module) -> nn.Module:
+    """Our own Ministral 3 on the parameters and adapters of a Hugging Face model."""
+    from m3kernels.models.ministral3 import Config, Ministral3
     from m3kernels.models.ministral3.weights import runtime_name
 
     base = unwrap(model)
@@ -104,12 +115,7 @@ def native(model: nn.Module) -> Iterator[None]:
             setattr(twin.get_submodule(parent), leaf, parameter)
     if config.tied:
         twin.lm_head.weight = twin.get_input_embeddings().weight
-    twin.train(base.training)
-    set_recompute(twin, "attention" if base.is_gradient_checkpointing else "none")
-    # what the row says of the attention; nothing else reads it inside the block
-    named = attribute(base.config.get_text_config(), "_attn_implementation_internal", OURS)
-    with ours(twin), attribute(base, "forward", twin.forward), named:
-        yield
+    return twin.train(base.training)
 
 
 @contextmanager

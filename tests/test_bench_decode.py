@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench_fakes import CPU, TINY, SlowGpu, no_memory, state, without_rotary
 
-from m3kernels.bench import decode, model_shapes
+from m3kernels.bench import decode, decode_engine, model_shapes
 from m3kernels.bench.model_shapes import SIZES
 
 CEILINGS = {"copy_bytes_s": 1e9}
@@ -26,8 +26,8 @@ def test_a_decoded_token_of_the_3b_reads_its_weights_and_its_cache():
     assert model_shapes.decode_bytes(SIZES["3b"], 1, 1000) - empty == 1000 * 26 * 2 * 8 * 128 * 2
 
 
-def decoded(monkeypatch, **options) -> dict[str, dict]:
-    monkeypatch.setattr(decode, "CELLS", (DECODE,))
+def decoded(monkeypatch, cell=DECODE, **options) -> dict[str, dict]:
+    monkeypatch.setattr(decode, "CELLS", (cell,))
     rows = list(decode.bench_decode(SlowGpu(), CEILINGS, size=("tiny",), **options))
     rows = [json.loads(json.dumps(row, allow_nan=False)) for row in rows]
     assert all(row["status"] in decode.show(row) for row in rows if row["ms_per_token"] is None)
@@ -45,6 +45,31 @@ def test_decoding_runs_and_what_is_not_compiled_is_not_called_compiled(monkeypat
     for peer in ("hf+compile", "m3kernels+compile"):
         assert rows[peer]["status"] == "failed" and "did not compile on cpu" in rows[peer]["reason"]
         assert rows[peer]["logits_error"] <= decode.BOUND / 4 and rows[peer]["ms_per_token"] is None
+
+
+def test_our_engine_is_a_peer_on_the_same_parameters(monkeypatch):
+    cell = decode.Cell("tiny", 2, 20, new_tokens=80)
+    row = decoded(monkeypatch, cell, peers=("m3kernels+engine",))["m3kernels+engine"]
+    # bursts of eight between the first, the second and the last
+    assert row["status"] == "ok" and row["samples"] == 3 * 8, row
+    assert row["logits_error"] <= decode.BOUND / 4 and row["ttft_ms"] > 0 and row["ms_per_token"] > 0
+
+    forced = decode_engine.forced_logits
+    monkeypatch.setattr(decode_engine, "forced_logits", lambda g, prompts, ids: forced(g, prompts, ids.flip(0)))
+    row = decoded(monkeypatch, cell, peers=("m3kernels+engine",))["m3kernels+engine"]
+    assert row["status"] == "WRONG"
+
+
+def test_prompts_with_an_image_and_the_tower_alone(monkeypatch):
+    peers = ("m3kernels", "m3kernels+engine", "hf+compile")
+    rows = decoded(monkeypatch, decode.Cell("tiny", 1, 40, new_tokens=40, images=((16, 24),)), peers=peers[:2])
+    assert [row["status"] for row in rows.values()] == ["ok"] * 3 and rows["hf"]["images"] == 1, rows
+    rows = decoded(monkeypatch, decode.Cell("tiny", 1, 0, new_tokens=0, images=((16, 24), (8, 16))), peers=peers)
+    for peer in ("hf", *peers[:2]):
+        row = rows[peer]
+        assert row["status"] == "ok" and row["logits_error"] < 0.02 and row["samples"] == 3 * decode.TOWER_CALLS, row
+        assert row["ttft_ms"] is row["bytes_per_token"] is None
+    assert rows["hf+compile"]["status"] == "missing"
 
 
 def test_compiled_decoding_is_one_graph_and_leaves_no_trace(monkeypatch):

@@ -9,6 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
+from m3kernels.ops._decode_products import Tiles
 from m3kernels.ops._triton import HAS_TRITON, INTERPRET
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRET, reason="needs triton, not interpreted")
@@ -45,6 +46,9 @@ adapters = importlib.import_module("m3kernels.ops._lora_launch")
 dora = importlib.import_module("m3kernels.ops._dora_scale")
 fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
 vocab_parallel = importlib.import_module("m3kernels.parallel.cross_entropy")
+decode_linear, decode_qkv, decode_swiglu = (
+    importlib.import_module(f"m3kernels.ops.decode_{name}") for name in ("linear", "qkv", "swiglu")
+)
 adamw = importlib.import_module("m3kernels.ops.adamw")
 global_norm = importlib.import_module("m3kernels.ops.global_norm")
 
@@ -314,6 +318,7 @@ def test_attention_decode(new, window, dim):
         "LENGTHS": not window,
         "RANGES": window,
         "PRECISION": "tf32",
+        "OVERLAP": True,
     }
     types = attention_types(kernel, constexprs) | {"p_partial": "*fp32", "p_length": "*i64"}
     stages = config.stages if dim <= 128 else decode.WIDE_STAGES
@@ -323,9 +328,38 @@ def test_attention_decode(new, window, dim):
 @pytest.mark.parametrize("splits", [1, 64])
 def test_attention_combine(splits):
     kernel = decode.attention_combine_kernel
-    constexprs = {"NEW": 1, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_SPLIT": splits}
+    constexprs = {"NEW": 1, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_SPLIT": splits, "OVERLAP": True}
     types = attention_types(kernel, constexprs) | {"p_partial": "*fp32"}
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 128)
+
+
+PRODUCTS = {
+    "decode_linear": (decode_linear.decode_linear_kernel, 9216, {"RESIDUAL": True}),
+    "decode_swiglu": (decode_swiglu.decode_swiglu_kernel, 3072, {}),
+    "decode_qkv": (
+        decode_qkv.decode_qkv_kernel,
+        5120,
+        {"Q_HEADS": 32, "K_HEADS": 8, "HALF": 64, "PARTS": 1, "HAS_SCALE": True, "CACHED": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_decode_products(op, fp8, rows):
+    kernel, width, constexprs = PRODUCTS[op]
+    tables = vars(importlib.import_module(f"m3kernels.ops.{op}")).items()
+    for tile in {t.choose(rows) for name, t in tables if isinstance(t, Tiles) and ("FP8" in name) == fp8}:
+        constexprs = constexprs | {"K": width, "ROWS": rows, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns}
+        constexprs |= {"STAGES": tile.stages, "NORM": True, "X_SCALE": 1.0, "PRECISION": "tf32"}
+        constexprs |= {"MOVED": fp8, "OVERLAP": True}
+        types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names}
+        types |= {n: "*fp32" for n in types if n.endswith("_scale") or n == "p_table"}
+        types |= {n: "*i64" for n in ("p_position", "p_slot")} | {"eps": "fp32", "beta": "fp32"}
+        if fp8:
+            types |= {n: "*fp8e4nv" for n in types if n in ("p_w", "p_gate", "p_up") or n.endswith("_weight")}
+        check(kernel, compile_sm90(kernel, tile.warps, constexprs | {"SCALED": 2 * fp8}, types), width)
 
 
 def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:

@@ -196,6 +196,17 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def overlap_meta(device: torch.device) -> dict:
+    """A launch's ``OVERLAP`` and its options: whether it may begin while the one before it ends (Hopper and later).
+
+    Such a kernel must wait (``gdc_wait``) before it reads what any other wrote, in every program.
+    """
+    nvidia = device.type == "cuda" and not torch.version.hip and not INTERPRET
+    overlaps = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
+
+
 def _records() -> bool:
     """Whether anything would want a derivative of a call: without it, autograd.Function is microseconds for nothing."""
     return (

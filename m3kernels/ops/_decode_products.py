@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3kernels.ops._common import TRITON_DTYPES, next_power_of_2
+from m3kernels.ops._common import TRITON_DTYPES, next_power_of_2, overlap_meta
 from m3kernels.ops._triton import INTERPRET, tl, triton
 from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.ops.rms_norm import rms_norm, rms_norm_reference
@@ -27,6 +26,63 @@ class WeightTile:
     columns: int
     warps: int
     stages: int = 1
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tile for one row of x, for up to 16, and for up to 64."""
+
+    one: WeightTile
+    few: WeightTile
+    many: WeightTile
+
+    def choose(self, rows: int) -> WeightTile:
+        return self.one if rows == 1 else self.few if rows <= 16 else self.many
+
+
+# four E4M3 numbers in a register to bf16 or fp32 of the same bits: sign, exponent and mantissa move, subnormals too, and
+# the value is 2^-120 of what it was. Converting by cvt, which also takes a round trip by fp16, would be what decoding waits for
+E4M3_TO_BF16 = tl.constexpr("""{
+.reg .b32 a, b, c, d;
+prmt.b32 a, $2, 0, 0x1404;
+prmt.b32 b, $2, 0, 0x3424;
+shr.b32 c, a, 4;
+shr.b32 d, b, 4;
+and.b32 c, c, 0x07f007f0;
+and.b32 d, d, 0x07f007f0;
+and.b32 a, a, 0x80008000;
+and.b32 b, b, 0x80008000;
+or.b32 $0, a, c;
+or.b32 $1, b, d;
+}""")
+E4M3_TO_FP32 = tl.constexpr("""{
+.reg .b32 a, b, c, d;
+shl.b32 a, $4, 24;
+shl.b32 b, $4, 16;
+shl.b32 c, $4, 8;
+shr.s32 a, a, 4;
+shr.s32 b, b, 4;
+shr.s32 c, c, 4;
+shr.s32 d, $4, 4;
+and.b32 $0, a, 0x87f00000;
+and.b32 $1, b, 0x87f00000;
+and.b32 $2, c, 0x87f00000;
+and.b32 $3, d, 0x87f00000;
+}""")
+# shared out between x and the sums, so that neither overflows
+E4M3_HALF = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def as_number(b_w, dtype: tl.constexpr, MOVED: tl.constexpr):
+    """Weights as ``dtype``; with MOVED, E4M3 ones times 2^-120."""
+    if not MOVED:
+        number = b_w.to(dtype)
+    elif dtype == tl.float32:
+        number = tl.inline_asm_elementwise(E4M3_TO_FP32, "=r,=r,=r,=r,r", [b_w], dtype=tl.float32, is_pure=True, pack=4)
+    else:
+        number = tl.inline_asm_elementwise(E4M3_TO_BF16, "=r,=r,r", [b_w], dtype=tl.bfloat16, is_pure=True, pack=4)
+    return number
 
 
 @triton.jit
@@ -48,6 +104,7 @@ def weights_times_x(
     PAIR: tl.constexpr,
     X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """(w1 n(x), w2 n(x)), each (BLOCK_N, ROWS) fp32: n is RMSNorm with its gain, or nothing.
@@ -74,9 +131,10 @@ def weights_times_x(
             if NORM:
                 squares += b_x * b_x
                 b_x *= tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32)
-            acc1 += b_w1.to(tl.float32) * b_x[None, :]
+            b_x *= X_SCALE
+            acc1 += as_number(b_w1, tl.float32, MOVED) * b_x[None, :]
             if PAIR:
-                acc2 += b_w2.to(tl.float32) * b_x[None, :]
+                acc2 += as_number(b_w2, tl.float32, MOVED) * b_x[None, :]
         y1 = tl.sum(acc1, axis=1)[:, None]
         y2 = tl.sum(acc2, axis=1)[:, None] if PAIR else y1
         mean = tl.sum(squares, axis=0) / K
@@ -100,15 +158,20 @@ def weights_times_x(
                 squares += wide * wide
                 gain = tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32) * X_SCALE
                 b_x = (wide * gain[:, None]).to(b_x.dtype)
-            acc1 = tl.dot(b_w1.to(b_x.dtype), b_x, acc1, input_precision=PRECISION)
+            elif X_SCALE != 1.0:
+                b_x = (b_x.to(tl.float32) * X_SCALE).to(b_x.dtype)
+            acc1 = tl.dot(as_number(b_w1, b_x.dtype, MOVED), b_x, acc1, input_precision=PRECISION)
             if PAIR:
-                acc2 = tl.dot(b_w2.to(b_x.dtype), b_x, acc2, input_precision=PRECISION)
+                acc2 = tl.dot(as_number(b_w2, b_x.dtype, MOVED), b_x, acc2, input_precision=PRECISION)
         y1, y2 = acc1, acc2
         mean = tl.sum(squares, axis=0)[None, :] / K
+    # X_SCALE is a power of two, so that this is exact
+    UNSCALE: tl.constexpr = E4M3_HALF * E4M3_HALF / X_SCALE if MOVED else 1.0 / X_SCALE
+    if UNSCALE != 1.0:
+        y1 *= UNSCALE
+        y2 *= UNSCALE
     if NORM:
         factor = tl.math.rsqrt(mean + tl.cast(eps, tl.float32))
-        if ROWS > 1:
-            factor = factor / X_SCALE
         y1 *= factor
         y2 *= factor
     return y1, y2
@@ -121,9 +184,12 @@ def load_scales(p_scale, o_n, m_n, KIND: tl.constexpr):
     return tl.load(p_scale + o_scale, mask=m_n, other=0.0)[:, None]
 
 
-def rows_meta(x: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
+def rows_meta(x: Tensor, weight: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
     """The constexprs that :func:`weights_times_x` takes from a call; its launch options."""
-    rows, overlap = x.shape[0], overlaps(x.device)
+    rows = x.shape[0]
+    # fp16 and fp32 products of several rows convert: the first in one step, the second for exactness
+    moved = weight.dtype == FP8 and (rows == 1 or x.dtype == torch.bfloat16) and not INTERPRET
+    scale = FP16_SCALE if x.dtype == torch.float16 and rows > 1 and norm_weight is not None else 1.0
     return {
         "K": x.shape[1],
         "ROWS": 1 if rows == 1 else max(16, next_power_of_2(rows)),
@@ -131,18 +197,12 @@ def rows_meta(x: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
         "BLOCK_K": min(tile.columns, max(16, next_power_of_2(x.shape[1]))),
         "STAGES": tile.stages,
         "NORM": norm_weight is not None,
-        "X_SCALE": FP16_SCALE if x.dtype == torch.float16 else 1.0,
+        "X_SCALE": E4M3_HALF.value if moved else scale,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-        "OVERLAP": overlap,
+        "MOVED": moved,
         "num_warps": tile.warps,
-    } | ({"launch_pdl": True} if overlap else {})
-
-
-@cache
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may begin before the one before it has ended (programmatic dependent launch, Hopper and later)."""
-    nvidia = device.type == "cuda" and not torch.version.hip and not INTERPRET
-    return nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+        **overlap_meta(x.device),
+    }
 
 
 def scale_kind(scale: Tensor | None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3kernels.ops._attention_kernels import LOG2E, load_rows, softmax_end, softmax_step
 from m3kernels.ops._attention_triton import dense, like
-from m3kernels.ops._common import launch, next_power_of_2, sm_count, use_triton
+from m3kernels.ops._common import launch, next_power_of_2, overlap_meta, sm_count, use_triton
 from m3kernels.ops._triton import tl, triton
 
 MAX_NEW_TOKENS = 16
@@ -71,7 +71,11 @@ def attention_decode_kernel(
     LENGTHS: tl.constexpr,
     RANGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, at = tl.num_programs(0), tl.program_id(2).to(tl.int64)
     # row r is new token r % NEW of the group's head r // NEW
@@ -134,8 +138,12 @@ def attention_combine_kernel(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row: the partial results weighted by exp(their lse - the largest)."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     batch, head, token = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
     row = (batch * tl.num_programs(1) + head) * NEW + token
     o_split, o_dim = tl.arange(0, BLOCK_SPLIT), tl.arange(0, BLOCK_DIM)
@@ -285,10 +293,22 @@ def _launch(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=CONFIG.warps,
         num_stages=CONFIG.stages if block_dim * q.element_size() <= 256 else WIDE_STAGES,
+        **overlap_meta(q.device),
     )
     meta = {"NEW": new, "DIM": dim, "BLOCK_DIM": block_dim, "BLOCK_SPLIT": next_power_of_2(splits)}
     grid = (new, heads, batch)
-    launch("attention_decode", attention_combine_kernel, grid, partial, lse, out, *out.stride()[:3], splits, **meta)
+    launch(
+        "attention_decode",
+        attention_combine_kernel,
+        grid,
+        partial,
+        lse,
+        out,
+        *out.stride()[:3],
+        splits,
+        **meta,
+        **overlap_meta(q.device),
+    )
     return out
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3kernels.ops._common import cdiv, launch, use_triton
 from m3kernels.ops._decode_products import (
+    Tiles,
     WeightTile,
     check_products,
     fused_rows,
@@ -24,9 +25,13 @@ from m3kernels.ops._decode_products import (
 from m3kernels.ops._triton import tl, triton
 from m3kernels.ops.rotary import rotary, rotary_reference
 
-ONE_ROW = WeightTile(rows=2, columns=1024, warps=2)
-ONE_ROW_FP8 = WeightTile(rows=4, columns=1024, warps=4)
-MORE_ROWS = WeightTile(rows=32, columns=128, warps=2, stages=5)
+# H100, graphs of dependent launches over cold weights: 91 % of a copy's rate for 3B (docs/generation.md)
+TILES = Tiles(
+    WeightTile(2, 1024, warps=2), WeightTile(64, 256, warps=4, stages=3), WeightTile(64, 128, warps=4, stages=3)
+)
+FP8_TILES = Tiles(
+    WeightTile(4, 1024, warps=4), WeightTile(16, 128, warps=2, stages=3), WeightTile(16, 128, warps=4, stages=3)
+)
 
 
 @triton.jit(do_not_specialize=["rows", "original_max"])
@@ -68,6 +73,7 @@ def decode_qkv_kernel(
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
     Q_HEADS: tl.constexpr,
@@ -90,7 +96,7 @@ def decode_qkv_kernel(
     p_first, p_second = p_weight + o_n[:, None] * w_stride, p_weight + (o_n + HALF)[:, None] * w_stride
     y1, y2 = weights_times_x(
         *(p_first, p_second, m_half, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(True, X_SCALE, PRECISION, OVERLAP),
+        *(True, X_SCALE, PRECISION, MOVED, OVERLAP),
     )
     if SCALED:
         y1 *= load_scales(p_scale, o_n, m_half, SCALED)
@@ -283,17 +289,17 @@ def _launch(
     k, v = caches or (x.new_empty((rows, k_heads, head_dim)) for _ in range(2))
     # of what has no slots, the stride of one is not used
     strides = [s for t in (k, v) for s in ((t.stride(0), t.stride(1), t.stride(2) if caches else 0))]
-    tile = MORE_ROWS if rows > 1 else ONE_ROW if q_scale is None else ONE_ROW_FP8
+    tile = (TILES if q_scale is None else FP8_TILES).choose(rows)
     parts = cdiv(half, tile.rows)
     launch(
         "decode_qkv",
         decode_qkv_kernel,
         ((q_heads + 2 * k_heads) * parts,),
-        *(x, q_weight, k_weight, v_weight, *(x if t is None else t for t in (norm_weight, *scales))),
+        *(x, q_weight, k_weight, v_weight, *(x if t is None else t.contiguous() for t in (norm_weight, *scales))),
         *(table, positions.contiguous(), positions if slots is None else slots.contiguous(), q, k, v),
         *(x.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0), table.stride(0), *strides),
         *(rows, eps, beta, original_max),
-        **rows_meta(x, tile, norm_weight),
+        **rows_meta(x, q_weight, tile, norm_weight),
         SCALED=scale_kind(scales[0]),
         Q_HEADS=q_heads,
         K_HEADS=k_heads,

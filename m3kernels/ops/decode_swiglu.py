@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3kernels.ops._common import cdiv, launch, use_triton
 from m3kernels.ops._decode_products import (
+    Tiles,
     WeightTile,
     check_products,
     fused_rows,
@@ -22,9 +23,13 @@ from m3kernels.ops._decode_products import (
 from m3kernels.ops._triton import tl, triton
 from m3kernels.ops.swiglu import swiglu, swiglu_reference
 
-ONE_ROW = WeightTile(rows=1, columns=1024, warps=8)
-ONE_ROW_FP8 = WeightTile(rows=4, columns=1024, warps=4)
-MORE_ROWS = WeightTile(rows=32, columns=128, warps=2, stages=3)
+# H100, graphs of dependent launches over cold weights: 102 % of a copy's rate for 3B (docs/generation.md)
+TILES = Tiles(
+    WeightTile(1, 1024, warps=8), WeightTile(32, 128, warps=2, stages=3), WeightTile(64, 128, warps=4, stages=3)
+)
+FP8_TILES = Tiles(
+    WeightTile(4, 1024, warps=4), WeightTile(32, 128, warps=2, stages=3), WeightTile(16, 128, warps=4, stages=3)
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -50,6 +55,7 @@ def decode_swiglu_kernel(
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
 ):
@@ -58,7 +64,7 @@ def decode_swiglu_kernel(
     p_gates, p_ups = p_gate + o_n[:, None] * gate_stride, p_up + o_n[:, None] * up_stride
     gate, up = weights_times_x(
         *(p_gates, p_ups, m_n, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(True, X_SCALE, PRECISION, OVERLAP),
+        *(True, X_SCALE, PRECISION, MOVED, OVERLAP),
     )
     if SCALED:
         gate *= load_scales(p_gate_scale, o_n, m_n, SCALED)
@@ -138,14 +144,14 @@ def _launch(
     out = x.new_empty((rows, width))
     if out.numel() == 0:
         return out
-    tile = MORE_ROWS if rows > 1 else ONE_ROW if gate_scale is None else ONE_ROW_FP8
+    tile = (TILES if gate_scale is None else FP8_TILES).choose(rows)
     launch(
         "decode_swiglu",
         decode_swiglu_kernel,
         (cdiv(width, tile.rows),),
-        *(x, gate, up, *(x if t is None else t for t in (norm_weight, gate_scale, up_scale)), out),
+        *(x, gate, up, *(x if t is None else t.contiguous() for t in (norm_weight, gate_scale, up_scale)), out),
         *(x.stride(0), gate.stride(0), up.stride(0), rows, width, eps),
-        **rows_meta(x, tile, norm_weight),
+        **rows_meta(x, gate, tile, norm_weight),
         SCALED=scale_kind(gate_scale),
     )
     return out

@@ -109,6 +109,10 @@ class FusedAdamW(torch.optim.Optimizer):
         def take() -> None:
             for call in calls:
                 call()
+            # a kernel of our own writes behind torch's back: who keeps what depends on weights must see that they changed
+            written = [part_of(p) for _, p, _ in numbered]
+            written += [part_of(self.copies[p]) for _, p, _ in numbered if self.copies.get(p) is not None]
+            torch.autograd.graph.increment_version(written)
             if steps:
                 torch._foreach_add_(steps, 1)
 

@@ -16,6 +16,7 @@ from m3kernels.models.generation.state import KEPT, State
 from m3kernels.models.generation.step import DecodeStep, module_step, why_not_fused
 from m3kernels.models.ministral3 import Ministral3
 from m3kernels.models.ministral3.cache import FP8
+from m3kernels.parallel import local
 
 KV_DTYPES = {"fp8": FP8}
 # tokens between two looks at what was drawn, where nobody waits for each
@@ -77,13 +78,35 @@ class Generator:
         self.model, self.chunk = model, chunk
         self.kv_dtype = KV_DTYPES.get(kv_dtype)
         self.group = None if layout is None else layout.tp_group
+        self._graphs = graphs
+        self._state: State | None = None
+        self._look_at_model()
+
+    def _look_at_model(self) -> None:
+        """Makes the decode step out of the model's parameters as they are."""
+        model = self.model
         self.why_not = why_not_fused(model)
         self.fused = not self.why_not
         on_nccl = self.group is None or dist.get_backend(self.group) == "nccl"
-        self.graphs = self.fused and model.device.type == "cuda" and on_nccl if graphs == "auto" else graphs
+        recordable = self.fused and model.device.type == "cuda" and on_nccl
+        self.graphs = recordable if self._graphs == "auto" else self._graphs
         with torch.no_grad():
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
-        self._state: State | None = None
+        self._state = None
+        self._memory, self._versions = _memory_of(model), _versions_of(model)
+
+    def _notice_changes(self) -> None:
+        """Other parameters make another step; other values of them make what the cache holds another model's."""
+        if _memory_of(self.model) != self._memory:
+            self._look_at_model()
+        elif (versions := _versions_of(self.model)) != self._versions:
+            self.forget()
+            self._versions = versions
+
+    def forget(self) -> None:
+        """The next call computes its prompts from their beginnings: for weights that were written behind torch's back."""
+        if self._state is not None:
+            self._state.forget()
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling(), *, every: int = 1) -> "Run":
@@ -113,6 +136,7 @@ class Generator:
         for token in sampling.stop_tokens:
             if not 0 <= token < self.model.config.text.vocab_size:
                 raise GenerationError(f"stop token {token}; the model has {self.model.config.text.vocab_size} ids")
+        self._notice_changes()
         longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
         state = self._state_for(plans, longest)
         training, mode = self.model.training, self.model.eval()
@@ -157,6 +181,16 @@ class Generator:
             state.cache.take(old.cache, rows, sources, counts)
         self._state = state
         return state
+
+
+def _memory_of(model: Ministral3) -> list[tuple[str, int, torch.dtype]]:
+    """Where every parameter lies, by name."""
+    return [(name, local(p).data_ptr(), p.dtype) for name, p in model.named_parameters()]
+
+
+def _versions_of(model: Ministral3) -> list[int]:
+    """How often every parameter was written to."""
+    return [local(p)._version for p in model.parameters()]
 
 
 def _room(tokens: int) -> int:

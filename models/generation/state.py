@@ -146,10 +146,8 @@ class State:
         return self.keys[row][: self.cache.lengths[row]]
 
     def forget(self) -> None:
-        """Nothing of the cache counts any more; a run that goes on is refused its next step."""
+        """The cache's rows begin like no prompt."""
         self.keys = [np.empty(0, dtype=np.int64)] * self.rows
-        self.cache.lengths = [0] * self.rows
-        self._ticket += 1
 
     def open(self) -> int:
         """A ticket for a run; the one before it is no longer valid."""

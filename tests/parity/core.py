@@ -81,6 +81,8 @@ def outputs_and_gradients(
         name: x.detach().requires_grad_(name in wrt) if isinstance(x, Tensor) else x for name, x in inputs.items()
     }
     outputs = function(**leaves)
+    if not wrt:
+        return [*outputs]
     differentiable = [o for o in outputs if o.requires_grad]
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, device=o.device) for o in differentiable]

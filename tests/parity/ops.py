@@ -6,6 +6,7 @@ from torch import Tensor
 
 from m3kernels import ops
 from m3kernels.parity.case import OpCase, measure, randn
+from m3kernels.parity.decode import DECODE_LINEAR, DECODE_QKV, DECODE_SWIGLU
 from m3kernels.parity.losses import HEAD_ADAPTER, HEAD_ADAPTER_PER_ROW, LINEAR_CROSS_ENTROPY, LOSS_PER_ROW, SMOOTHED
 from m3kernels.parity.products import ATTENTION, DORA, FP8, FP8_BLOCKS, LORA, WINDOW
 
@@ -243,4 +244,7 @@ CASES = (
     LOSS_PER_ROW,
     HEAD_ADAPTER,
     HEAD_ADAPTER_PER_ROW,
+    DECODE_QKV,
+    DECODE_LINEAR,
+    DECODE_SWIGLU,
 )
