@@ -48,7 +48,9 @@ def prompts_of(
     rows = [ids[mask] for ids, mask in zip(input_ids.cpu().numpy(), kept.cpu().numpy())]
     for number, row in enumerate(rows):
         if not len(row):
-            raise GenerationError(f"row {number} of the attention mask is 0 everywhere: there is no token to go on from")
+            raise GenerationError(
+                f"row {number} of the attention mask is 0 everywhere: there is no token to go on from"
+            )
     images = images_of(pixel_values, image_sizes)
     shares = _shares(rows, images, config)
     return [Prompt(tuple(row.tolist()), share) for row, share in zip(rows, shares)]
@@ -60,9 +62,13 @@ def images_of(pixels: Tensor | None, sizes: Tensor | Sequence | None) -> list[np
         return []
     if pixels.dim() != 4:
         raise GenerationError(f"pixel_values are {list(pixels.shape)}; allowed: (images, channels, height, width)")
-    sizes = [tuple(pixels.shape[2:])] * len(pixels) if sizes is None else [tuple(int(n) for n in size) for size in sizes]
+    sizes = (
+        [tuple(pixels.shape[2:])] * len(pixels) if sizes is None else [tuple(int(n) for n in size) for size in sizes]
+    )
     if len(sizes) != len(pixels) or any(h > pixels.shape[2] or w > pixels.shape[3] for h, w in sizes):
-        raise GenerationError(f"image_sizes are {sizes} for pixel_values {list(pixels.shape)}; give (height, width) of each")
+        raise GenerationError(
+            f"image_sizes are {sizes} for pixel_values {list(pixels.shape)}; give (height, width) of each"
+        )
     whole = pixels.detach().float().cpu().numpy()
     return [np.ascontiguousarray(image[:, :h, :w]) for image, (h, w) in zip(whole, sizes)]
 
@@ -89,7 +95,9 @@ def _shares(rows: Sequence[np.ndarray], images: list[np.ndarray], config: Config
             )
         shares.append(tuple(images[first:at]))
     if at < len(images):
-        raise GenerationError(f"there are {len(images)} images for {sum(found)} image tokens; images have {counts} tokens")
+        raise GenerationError(
+            f"there are {len(images)} images for {sum(found)} image tokens; images have {counts} tokens"
+        )
     return shares
 
 

@@ -24,7 +24,11 @@ KNOWN = (
     *("torch.nn.modules.container.", "torch.nn.modules.activation.", "transformers.activations."),
     *("torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout"),
     *(f"transformers.models.{name}.modeling_{name}." for name in ("ministral3", "mistral3", "pixtral")),
-    *("peft.tuners.lora.layer.Linear", "peft.utils.other.ModulesToSaveWrapper", "peft.tuners.lora.dora.DoraLinearLayer"),
+    *(
+        "peft.tuners.lora.layer.Linear",
+        "peft.utils.other.ModulesToSaveWrapper",
+        "peft.tuners.lora.dora.DoraLinearLayer",
+    ),
 )
 INSTEAD = "call hf_model.generate(...) for it"
 
@@ -83,12 +87,8 @@ class Source:
     @property
     def fingerprint(self) -> tuple:
         """Differs where a shell would have to be made anew: exchanged, moved or cast weights, other adapters."""
-        tensors = tuple(
-            (id(t), t.data_ptr(), t.dtype, t.shape) for part in self.parts.values() for t in part.tensors
-        )
-        scalings = tuple(
-            (name, part.adapter.scaling) for name, part in self.parts.items() if part.adapter is not None
-        )
+        tensors = tuple((id(t), t.data_ptr(), t.dtype, t.shape) for part in self.parts.values() for t in part.tensors)
+        scalings = tuple((name, part.adapter.scaling) for name, part in self.parts.items() if part.adapter is not None)
         text = getattr(self.model.config, "text_config", self.model.config)
         return tensors, scalings, text.sliding_window
 
@@ -105,7 +105,9 @@ class Source:
         modules = dict(shell.named_modules())
         expected = {name for name, module in modules.items() if module._parameters}
         if differing := expected ^ set(self.parts):
-            raise GenerationError(f"the model has other layers than its config says: {', '.join(sorted(differing)[:3])}")
+            raise GenerationError(
+                f"the model has other layers than its config says: {', '.join(sorted(differing)[:3])}"
+            )
         for name, part in self.parts.items():
             _fill(name, modules[name], part)
         patch(shell)
@@ -118,7 +120,9 @@ def _root(hf_model: nn.Module) -> nn.Module:
         raise GenerationError(f"generate needs a transformers model, got {type(hf_model).__name__}")
     config = getattr(hf_model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
-        raise GenerationError(f"the model has a {config.peft_type} prompt, which the fast path does not read: {INSTEAD}")
+        raise GenerationError(
+            f"the model has a {config.peft_type} prompt, which the fast path does not read: {INSTEAD}"
+        )
     base = unwrap(hf_model)
     try:
         root = _check_root(base)
@@ -164,7 +168,9 @@ def _check_module(name: str, module: nn.Module, base: nn.Module) -> None:
         for hook in hooks.values():
             origin = getattr(hook, "__module__", None) or type(hook).__module__
             if not origin.startswith(HARMLESS_HOOKS):
-                raise GenerationError(f"{name or type(base).__name__} has a forward hook, which the fast path skips: {INSTEAD}")
+                raise GenerationError(
+                    f"{name or type(base).__name__} has a forward hook, which the fast path skips: {INSTEAD}"
+                )
 
 
 def _part(name: str, module: nn.Module) -> Part | None:
@@ -176,14 +182,18 @@ def _part(name: str, module: nn.Module) -> Part | None:
         module = module.original_module if not active else module.modules_to_save[active[0]]
     if not is_adapted(module):
         return _plain(module)
-    active = [] if module.disable_adapters or module.merged else [a for a in module.active_adapters if a in module.lora_A]
+    active = (
+        [] if module.disable_adapters or module.merged else [a for a in module.active_adapters if a in module.lora_A]
+    )
     if module.disable_adapters and module.merged:
         raise GenerationError(f"{name}: adapters are merged and disabled at once: unmerge_adapter() first")
     plain = _plain(module.base_layer)
     if not active:
         return plain
     if reason := _why_no_adapter(name, module, active):
-        raise GenerationError(f"{name}: {reason}; merge the adapters (merge_adapter(), merge_and_unload()) first, or {INSTEAD}")
+        raise GenerationError(
+            f"{name}: {reason}; merge the adapters (merge_adapter(), merge_and_unload()) first, or {INSTEAD}"
+        )
     (key,) = active
     magnitude = module.lora_magnitude_vector[key].weight if key in module.lora_variant else None
     A, B = module.lora_A[key].weight, module.lora_B[key].weight
@@ -211,7 +221,9 @@ def _why_no_adapter(name: str, layer: nn.Module, active: list[str]) -> str:
     if layer.lora_A[key].weight.dtype != layer.lora_B[key].weight.dtype:
         return "an adapter of two dtypes"
     dropout = layer.lora_dropout[key]
-    return "adapter dropout in training mode: call model.eval()" if dropout.training and getattr(dropout, "p", 0) else ""
+    return (
+        "adapter dropout in training mode: call model.eval()" if dropout.training and getattr(dropout, "p", 0) else ""
+    )
 
 
 def _check_tensors(parts: dict[str, Part]) -> None:
@@ -224,9 +236,13 @@ def _check_tensors(parts: dict[str, Part]) -> None:
             )
     devices = {str(tensor.device) for _, tensor in tensors}
     if "meta" in devices:
-        raise GenerationError("weights are on the meta device (offloaded or not loaded): load the model whole on one device")
+        raise GenerationError(
+            "weights are on the meta device (offloaded or not loaded): load the model whole on one device"
+        )
     if len(devices) > 1:
-        raise GenerationError(f"weights are on {', '.join(sorted(devices))}; the fast path takes one device: model.to(device)")
+        raise GenerationError(
+            f"weights are on {', '.join(sorted(devices))}; the fast path takes one device: model.to(device)"
+        )
     dtypes = {parameter.dtype for part in parts.values() for parameter in part.parameters.values()}
     if len(dtypes) > 1:
         named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

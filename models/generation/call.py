@@ -46,7 +46,7 @@ class Call:
 
         Args:
             inputs: input_ids, attention_mask, pixel_values and image_sizes.
-            given: options of the call, None where they are not given.
+            given: options of the call: those that are there.
             configs: what the others are taken from, the first one first.
 
         Raises:
@@ -99,7 +99,10 @@ class Call:
 
     def bursts(self, generator: Generator, every: int = 1) -> Run:
         """The engine's iterator of new tokens, without those that end a sequence."""
-        return generator.start(self.prompts, self.choice.sampling, every=every)
+        ids = range(generator.model.config.text.vocab_size)
+        # transformers takes others as well: they never come
+        stops = tuple(token for token in self.choice.sampling.stop_tokens if token in ids)
+        return generator.start(self.prompts, replace(self.choice.sampling, stop_tokens=stops), every=every)
 
 
 def _dicts(configs: Sequence[GenerationConfig | None]) -> list[dict]:

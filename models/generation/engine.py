@@ -156,11 +156,6 @@ class Generator:
             pass
         return run.results
 
-    def forget(self) -> None:
-        """The next call reads its prompts anew: after weights have changed, what was computed with the old ones is wrong."""
-        if self._state is not None:
-            self._state.forget()
-
     def _state_for(self, plans: Sequence[Plan], longest: int) -> State:
         """A state with room, whose rows hold what the last call left of their prompts' beginnings."""
         old, device = self._state, self.model.device

@@ -13,6 +13,7 @@ from m3kernels.models.generation.borrowing import Source
 from m3kernels.models.generation.call import Call
 from m3kernels.models.generation.engine import Generator
 from m3kernels.models.generation.kept import generator_of
+from m3kernels.models.generation.options import NOT_GIVEN
 
 
 @torch.no_grad()
@@ -23,19 +24,19 @@ def generate(
     pixel_values: Tensor | None = None,
     image_sizes: Tensor | Sequence | None = None,
     *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
+    max_new_tokens: int | None = NOT_GIVEN,
+    max_length: int | None = NOT_GIVEN,
+    do_sample: bool | None = NOT_GIVEN,
+    temperature: float | None = NOT_GIVEN,
+    top_k: int | None = NOT_GIVEN,
+    top_p: float | None = NOT_GIVEN,
+    eos_token_id: int | Sequence[int] | None = NOT_GIVEN,
+    pad_token_id: int | None = NOT_GIVEN,
     seed: int | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: BaseStreamer | None = None,
     kv_dtype: Literal["fp8"] | None = None,
-    return_dict_in_generate: bool | None = None,
+    return_dict_in_generate: bool | None = NOT_GIVEN,
     **options: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """``hf_model.generate`` by the fast engine: the same tokens where the likeliest are taken, up to rounding.
@@ -53,8 +54,8 @@ def generate(
         pixel_values: (images, channels, height, width), for the image tokens in their order.
         image_sizes: (images, 2), height and width of each in pixels.
         max_new_tokens, max_length, do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id: as transformers has them.
-            None is what ``generation_config`` says, else ``hf_model.generation_config``, else transformers' default;
-            ``top_k=0`` and ``top_p=1.0`` switch their filters off.
+            What is not given is as ``generation_config`` says, else ``hf_model.generation_config``, else transformers'
+            default; a None that is given counts, as it does there: no end of sequence, no filter.
         seed: of the draws; None takes one from torch's default generator.
         generation_config: between the call's own options and the model's.
         streamer: gets the prompt, each step's tokens (batch,), and the end, on the CPU.
@@ -71,7 +72,7 @@ def generate(
             assistants), inputs that do not fit, or a model that the engine does not compute; the message names it.
         TypeError: an option that transformers does not know.
     """
-    given = {
+    named = {
         "max_new_tokens": max_new_tokens,
         "max_length": max_length,
         "do_sample": do_sample,
@@ -81,8 +82,8 @@ def generate(
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         "return_dict_in_generate": return_dict_in_generate,
-        **options,
     }
+    given = {name: value for name, value in named.items() if value is not NOT_GIVEN} | options
     source = Source.of(hf_model)
     generator = generator_of(
         source.model, (source.fingerprint, kv_dtype), lambda: Generator(source.shell(), kv_dtype=kv_dtype)

@@ -13,6 +13,15 @@ from m3kernels.models.generation.prompt import GenerationError, Sampling
 
 logger = logging.getLogger("m3kernels")
 
+
+class _NotGiven:
+    def __repr__(self) -> str:
+        return "not given"
+
+
+# an argument's default: transformers tells a None that is given from none
+NOT_GIVEN: Any = _NotGiven()
+
 # transformers' own, where neither the call nor a config says anything
 DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "max_length": 20}
 
@@ -24,7 +33,12 @@ WITHOUT_EFFECT = (
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"),
     *("compile_config", "disable_compile", "continuous_batching_config", "synced_gpus", "use_model_defaults"),
     *("early_stopping", "length_penalty", "decoder_start_token_id", "is_assistant", "token_type_ids", "logits_to_keep"),
-    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind"),
+    *(
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+    ),
     *("target_lookbehind", "max_matching_ngram_size", "assistant_ensemble_weight", "speculation_type"),
     *("transformers_version", "_from_model_config", "_commit_hash", "output_loading_info"),
 )
@@ -80,7 +94,7 @@ class Choice:
 
 
 def merged(given: Mapping[str, Any], *configs: GenerationConfig | None) -> dict[str, Any]:
-    """Every option's value: the call's, else that of the first config that has one, else transformers' default.
+    """Every option's value: the call's, None too, else that of the first config that has one, else transformers' default.
 
     Raises:
         GenerationError: an option that changes what comes out and that is not there.
@@ -95,9 +109,11 @@ def merged(given: Mapping[str, Any], *configs: GenerationConfig | None) -> dict[
         fields = {} if config is None else config.to_dict()
         # what else stands in a generation_config.json, transformers ignores as well
         values |= {name: value for name, value in fields.items() if value is not None and name in known}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values |= given
     for name, value in values.items():
-        if name not in (*TAKEN, *TOKENS, *WITHOUT_EFFECT) and value not in NEUTRAL.get(name, ()):
+        if name in (*TAKEN, *TOKENS, *WITHOUT_EFFECT) or value is None:
+            continue
+        if value not in NEUTRAL.get(name, ()):
             raise GenerationError(_refusal(name, value, name in given))
     return values
 
@@ -125,22 +141,25 @@ def choice_of(
     """
     most = values.get("max_new_tokens")
     if most is None:
-        most = values["max_length"] - length if sets_length else min(values["max_length"], max_positions - length)
+        end = values["max_length"] if sets_length else min(length + DEFAULTS["max_length"], max_positions)
+        most = end - length
         if most < 1:
             raise GenerationError(
-                f"input_ids have {length} columns, and max_length is {values['max_length'] if sets_length else max_positions}:"
-                " nothing is left to generate; give max_new_tokens"
+                f"input_ids have {length} columns, and max_length is {end}: nothing is left to generate; give max_new_tokens"
             )
     samples = bool(values["do_sample"])
-    temperature = float(values["temperature"])
+    temperature = 1.0 if values["temperature"] is None else float(values["temperature"])
     if samples and not temperature > 0:
         raise GenerationError(f"temperature={temperature} with do_sample=True; allowed: above 0, or do_sample=False")
     if not samples and temperature != DEFAULTS["temperature"]:
-        logger.warning("m3kernels: temperature=%s counts with do_sample=True alone: tokens are the likeliest", temperature)
+        logger.warning(
+            "m3kernels: temperature=%s counts with do_sample=True alone: tokens are the likeliest", temperature
+        )
     drawing = {}
     if samples:
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        drawing = {"temperature": temperature, "top_k": int(values["top_k"]), "top_p": float(values["top_p"]), "seed": seed}
+        top_k, top_p = int(values["top_k"] or 0), 1.0 if values["top_p"] is None else float(values["top_p"])
+        drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     stops = ids_of(values.get("eos_token_id"))
     pad = next(iter(ids_of(values.get("pad_token_id"))), stops[0] if stops else None)
     sampling = Sampling(max_new_tokens=most, stop_tokens=stops, **drawing)

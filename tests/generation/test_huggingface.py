@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 import m3kernels
 from m3kernels.models.generation import kept
 from m3kernels.models.generation.borrowing import Source
-from m3kernels.models.generation.engine import Generator
 from m3kernels.models.generation.prompt import GenerationError
 from models import FP32, IMAGES, VOCAB, assert_same, build, inputs, observe, redraw, text_batch, vlm_batch
 
@@ -151,7 +150,9 @@ CONFIGURED = {
     "max_length": ({}, None, {"max_length": 15}),
     "max_length of the model": ({"max_length": 14}, None, {}),
     "new tokens count more": ({"max_new_tokens": 3}, None, {"max_length": 25}),
-    "the default up to the end": ({"max_length": None}, None, {}),
+    "none of the call": ({"max_new_tokens": 3, "max_length": 25}, None, {"max_new_tokens": None}),
+    "no end in the call": ({"eos_token_id": list(range(VOCAB)), "max_new_tokens": 4}, None, {"eos_token_id": None}),
+    "no end in the config": ({"eos_token_id": list(range(VOCAB)), "max_new_tokens": 4}, {"eos_token_id": None}, {}),
 }
 
 
@@ -201,7 +202,8 @@ class Recorder:
 def test_streamers_get_what_transformers_gives_them():
     model = build()
     batch = inputs(text_batch(model, batch=1, seq=9))
-    end = int(theirs(model, batch)[0, 9 + 6])
+    free = theirs(model, batch)[0, 9:].tolist()
+    end = max(free, key=free.index)
     recorders = Recorder(), Recorder()
     theirs(model, batch, eos_token_id=end, streamer=recorders[0])
     ours(model, batch, eos_token_id=end, streamer=recorders[1])
@@ -427,14 +429,3 @@ def test_other_models_are_refused():
         m3kernels.generate(nn.Linear(3, 3), torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(GenerationError, match="needs a transformers model"):
         m3kernels.generate("mistralai/Ministral-3-3B", torch.zeros(1, 3, dtype=torch.long))
-
-
-def test_generator_is_there_for_every_kv_dtype():
-    model = build(head_dim=16)
-    batch = inputs(text_batch(model))
-    ours(model, batch, kv_dtype="fp8")
-    assert kept._kept[model].generator.kv_dtype == torch.float8_e4m3fn
-    assert_same_tokens(model, batch)
-    with pytest.raises(GenerationError, match="kv_dtype='fp4'"):
-        ours(model, batch, kv_dtype="fp4")
-    assert isinstance(kept._kept[model].generator, Generator)
