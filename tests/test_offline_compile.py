@@ -51,6 +51,8 @@ decode_linear, decode_qkv, decode_swiglu = (
 )
 adamw = importlib.import_module("m3kernels.ops.adamw")
 global_norm = importlib.import_module("m3kernels.ops.global_norm")
+kv_write = importlib.import_module("m3kernels.ops.kv_write")
+sampling = importlib.import_module("m3kernels.ops.sample")
 
 
 def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
@@ -309,7 +311,8 @@ def test_attention(name, dim, causal, window, packed, ranges):
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("new", "window"), [(1, False), (4, True), (16, False)])
-def test_attention_decode(new, window, dim):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_attention_decode(new, window, dim, scaled):
     kernel, config = decode.attention_decode_kernel, decode.CONFIG
     constexprs = {"NEW": new, "GROUP": 4, "ROWS": max(16, 4 * new), "DIM": dim, "BLOCK_DIM": rms.next_power_of_2(dim)}
     constexprs |= {
@@ -317,12 +320,31 @@ def test_attention_decode(new, window, dim):
         "WINDOW": window,
         "LENGTHS": not window,
         "RANGES": window,
+        "SCALED": scaled,
         "PRECISION": "tf32",
         "OVERLAP": True,
     }
     types = attention_types(kernel, constexprs) | {"p_partial": "*fp32", "p_length": "*i64"}
+    if scaled:
+        types |= dict.fromkeys(("p_k", "p_v"), "*fp8e4nv") | dict.fromkeys(("p_k_scale", "p_v_scale"), "*fp32")
     stages = config.stages if dim <= 128 else decode.WIDE_STAGES
-    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, stages), dim)
+    warps = decode.warps_for(constexprs["BLOCK_DIM"], scaled)
+    check(kernel, compile_sm90(kernel, warps, constexprs, types, stages), dim)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(8, 128), (3, 80)])
+def test_kv_write(heads, dim, scaled):
+    kernel = kv_write.kv_write_kernel
+    types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names} | {"p_rows": "*i64", "p_at": "*i64"}
+    if scaled:
+        types |= dict.fromkeys(("p_k_cache", "p_v_cache"), "*fp8e4nv")
+        types |= dict.fromkeys(("p_k_scale", "p_v_scale"), "*fp32")
+    constexprs = {"HEADS": heads, "DIM": dim, "BLOCK_HEADS": rms.next_power_of_2(heads)}
+    constexprs |= {"BLOCK_DIM": rms.next_power_of_2(dim), "HAS_ROWS": True, "SCALED": scaled}
+    report = compile_sm90(kernel, 4, constexprs | {"SMALLEST": kv_write.SMALLEST}, types)
+    check(kernel, report, 0)
+    assert not scaled or "cvt.rn.satfinite.e4m3x2.f32" in report["ptx"]
 
 
 @pytest.mark.parametrize("splits", [1, 64])
@@ -331,6 +353,32 @@ def test_attention_combine(splits):
     constexprs = {"NEW": 1, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_SPLIT": splits, "OVERLAP": True}
     types = attention_types(kernel, constexprs) | {"p_partial": "*fp32"}
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 128)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("name", "warps", "constexprs"),
+    [
+        ("top", "warps", {"GROUP": 2048}),
+        ("bins", "bins_warps", {"FIRST": True, "SPLITS": 64, "PIVOTS": 32, "GROUP": 2048, "BLOCK": 128}),
+        ("bins", "bins_warps", {"FIRST": False, "SPLITS": 64, "PIVOTS": 32, "GROUP": 2048, "BLOCK": 128}),
+        ("compact", "warps", {"SPLITS": 64, "PIVOTS": 32, "GROUP": 2048}),
+        ("least", "least_warps", {"SPLITS": 64, "PIVOTS": 32, "WAYS": 32, "BLOCK": 256}),
+        ("race", "warps", {"LANES": 512, "DRAWS": False, "FILTERS": False}),
+        ("race", "warps", {"LANES": 512, "DRAWS": True, "FILTERS": True}),
+        ("pick", "warps", {"SPLITS": 64}),
+    ],
+    ids=str,
+)
+def test_sample(name, warps, constexprs, dtype):
+    kernel = getattr(sampling, f"sample_{name}_kernel")
+    types = {n: "*fp32" if n.startswith("p_") else "i32" for n in kernel.arg_names} | {"p_logits": f"*{dtype}"}
+    types |= dict.fromkeys(("p_top_k", "p_seed", "p_step", "p_out"), "*i64")
+    types |= dict.fromkeys(("p_id", "p_count", "p_last_count", "p_by_k"), "*i32")
+    report = compile_sm90(kernel, getattr(sampling.CONFIG, warps), {**constexprs, "OVERLAP": True}, types)
+    check(kernel, report, 0)
+    # the next kernel of a step may be launched before this one has ended
+    assert "griddepcontrol.wait" in report["ptx"]
 
 
 PRODUCTS = {

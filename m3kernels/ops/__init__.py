@@ -11,6 +11,7 @@ from m3kernels.ops.dora_linear import dora_linear, dora_linear_reference, dora_n
 from m3kernels.ops.fp8_dequantize import fp8_dequantize, fp8_dequantize_reference
 from m3kernels.ops.fp8_linear import fp8_linear, fp8_linear_reference
 from m3kernels.ops.global_norm import global_norm, global_norm_reference
+from m3kernels.ops.kv_write import kv_write, kv_write_reference
 from m3kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from m3kernels.ops.lora_linear import Adapted, lora_linear, lora_linear_reference, lora_linears
 from m3kernels.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -23,6 +24,7 @@ from m3kernels.ops.rotary import (
     rotary_reference,
     rotary_table,
 )
+from m3kernels.ops.sample import sample, sample_reference
 from m3kernels.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "fp8_linear_reference",
     "global_norm",
     "global_norm_reference",
+    "kv_write",
+    "kv_write_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "llama4_scale",
@@ -66,6 +70,8 @@ __all__ = [
     "rotary_2d_table",
     "rotary_reference",
     "rotary_table",
+    "sample",
+    "sample_reference",
     "swiglu",
     "swiglu_reference",
 ]

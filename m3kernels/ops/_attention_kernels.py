@@ -82,14 +82,19 @@ def key_tiles(
 
 
 @triton.jit
-def softmax_step(b_top, b_sum, b_out, scores, to_base2, b_v, PRECISION: tl.constexpr):
-    """Takes one tile of scores (rows, keys) into the running maximum (base 2), sum and weighted values of the rows."""
+def softmax_step(b_top, b_sum, b_out, scores, to_base2, b_v, PRECISION: tl.constexpr, v_scale=None):
+    """Takes one tile of scores (rows, keys) into the running maximum (base 2), sum and weighted values of the rows.
+
+    ``v_scale`` (keys,) multiplies the values, by way of their weights.
+    """
     new_top = tl.maximum(b_top, tl.max(scores, axis=1) * to_base2)
     # a row that has seen nothing yet has no maximum to subtract
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     p = tl.math.exp2(scores * to_base2 - safe[:, None])
     shrink = tl.math.exp2(b_top - safe)
     b_sum = b_sum * shrink + tl.sum(p, axis=1)
+    if v_scale is not None:
+        p *= v_scale[None, :]
     b_out = b_out * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
     return new_top, b_sum, b_out
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.ops._common import cdiv, launch, use_triton
+from m3kernels.ops._philox import LOW, laned_calls, laned_words, philox
 from m3kernels.ops._tensor_lists import TYPES, at, chunks_of, upload
 from m3kernels.ops._triton import tl, triton
 
@@ -150,22 +151,11 @@ def _launch_of(
     return run
 
 
-def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC11) of 32-bit numbers in int64, as Triton's: counters and results."""
-    low = 0xFFFFFFFF
-    k0, k1 = seed & low, seed >> 32 & low
-    for _ in range(10):
-        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (right >> 32 & low) ^ c1 ^ k0, right & low, (left >> 32 & low) ^ c3 ^ k1, left & low
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    return c0, c1, c2, c3
-
-
 def random_words(seed: int, step: int, number: int, start: int, count: int, device: torch.device) -> Tensor:
     """(count,) int64 in [0, 2**32): what the kernel draws for a tensor's elements from ``start``, a multiple of GROUP."""
-    call = torch.arange(start // 4, start // 4 + cdiv(count, GROUP) * LANES, device=device)
-    words = philox(call & 0xFFFFFFFF, call >> 32, torch.full_like(call, step), torch.full_like(call, number), seed)
-    return torch.stack(words).view(4, -1, LANES).transpose(0, 1).reshape(-1)[:count]
+    call = laned_calls(start, count, LANES, device)
+    words = philox(call & LOW, call >> 32, torch.full_like(call, step), torch.full_like(call, number), seed)
+    return laned_words(words, LANES, count)
 
 
 def round_stochastically(x: Tensor, words: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ One program takes one key/value head of one sequence and one stretch of its keys
 the N new tokens are the rows of one small matrix product. Partial results and their log-sum-exps (fp32) go to memory
 and are combined in a fixed order. How many stretches there are depends on shapes only, how long they are on the lengths,
 which stay on the device: a CUDA graph may replay the call while the cache fills.
+
+An E4M3 cache has a scale for each token and head: scores are multiplied by the keys', weights by the values', in fp32.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from m3kernels.ops._attention_kernels import LOG2E, load_rows, softmax_end, soft
 from m3kernels.ops._attention_triton import dense, like
 from m3kernels.ops._common import launch, next_power_of_2, overlap_meta, sm_count, use_triton
 from m3kernels.ops._triton import tl, triton
+from m3kernels.ops.fp8_dequantize import FP8
 
 MAX_NEW_TOKENS = 16
 MAX_HEAD_DIM = 256
@@ -45,6 +48,8 @@ def attention_decode_kernel(
     p_q,
     p_k,
     p_v,
+    p_k_scale,
+    p_v_scale,
     p_length,
     p_ranges,
     p_partial,
@@ -58,6 +63,10 @@ def attention_decode_kernel(
     v_batch_stride,
     v_head_stride,
     v_seq_stride,
+    k_scale_batch_stride,
+    k_scale_head_stride,
+    v_scale_batch_stride,
+    v_scale_head_stride,
     seq_k,
     scale,
     window,
@@ -70,6 +79,7 @@ def attention_decode_kernel(
     WINDOW: tl.constexpr,
     LENGTHS: tl.constexpr,
     RANGES: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -104,6 +114,9 @@ def attention_decode_kernel(
 
     p_k += at * k_batch_stride + kv_head.to(tl.int64) * k_head_stride
     p_v += at * v_batch_stride + kv_head.to(tl.int64) * v_head_stride
+    if SCALED:
+        p_k_scale += at * k_scale_batch_stride + kv_head.to(tl.int64) * k_scale_head_stride
+        p_v_scale += at * v_scale_batch_stride + kv_head.to(tl.int64) * v_scale_head_stride
     to_base2 = tl.cast(scale, tl.float32) * LOG2E
     b_top = tl.full([ROWS], -float("inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
@@ -113,10 +126,19 @@ def attention_decode_kernel(
         # what lies behind the last key is anything, NaN included
         b_k = load_rows(p_k, o_k, end, k_seq_stride, o_dim, DIM, True)
         b_v = load_rows(p_v, o_k, end, v_seq_stride, o_dim, DIM, True)
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        scores = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
+        v_scale = None
+        if SCALED:
+            scores *= tl.load(p_k_scale + o_k, mask=o_k < end, other=0.0)[None, :]
+            v_scale = tl.load(p_v_scale + o_k, mask=o_k < end, other=0.0)
+            if b_q.dtype == tl.float16:  # weights times a small scale would be too small for it
+                b_v = (b_v.to(tl.float32) * v_scale[:, None]).to(tl.float16)
+                v_scale = None
+            else:
+                b_v = b_v.to(b_q.dtype)
         seen = (o_k[None, :] >= lo[:, None]) & (o_k[None, :] < tl.minimum(hi, end)[:, None])
         scores = tl.where(seen, scores, -float("inf"))
-        b_top, b_sum, b_out = softmax_step(b_top, b_sum, b_out, scores, to_base2, b_v, PRECISION)
+        b_top, b_sum, b_out = softmax_step(b_top, b_sum, b_out, scores, to_base2, b_v, PRECISION, v_scale)
 
     b_out, lse = softmax_end(b_top, b_sum, b_out)
     # partial results lie (batch, kv_head, row, split, dim): what one row combines is together
@@ -166,6 +188,11 @@ def splits_for(sequences: int, kv_heads: int, keys: int, multiprocessors: int, c
     return 1 << (n.bit_length() - 1)
 
 
+def warps_for(block_dim: int, scaled: bool) -> int:
+    """A tile of E4M3 and its numbers need more registers than four warps have at head_dim 256."""
+    return CONFIG.warps * 2 if scaled and block_dim > 128 else CONFIG.warps
+
+
 def _ranges(q: Tensor, k_cache: Tensor, lengths: Tensor | None, window: int | None) -> Tensor:
     """(B, N, 2): the keys [lo, hi) that each new token sees."""
     batch, new = q.shape[0], q.shape[2]
@@ -184,8 +211,15 @@ def attention_decode_reference(
     key_ranges: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Plain PyTorch over the whole cache with a mask; softmax in fp32 at least."""
+    """Plain PyTorch over the whole cache with a mask; softmax in fp32 at least, an E4M3 cache's products as well."""
+    if k_scale is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        k, v = (x.to(wide) * s[..., None].to(wide) for x, s in ((k_cache, k_scale), (v_cache, v_scale)))
+        masks = {"key_ranges": key_ranges, "window": window, "scale": scale}
+        return attention_decode_reference(q.to(wide), k, v, lengths, **masks).to(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k_cache.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k_cache, v_cache))
@@ -209,19 +243,24 @@ def attention_decode(
     key_ranges: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of the newest tokens of each sequence over its cache, which already holds their keys and values.
 
     Args:
         q: (B, H, N, D), 1 to 16 new tokens, in fp32, bf16 or fp16, any strides with a dense last dimension.
-        k_cache, v_cache: (B, G, T, D) caches, H a multiple of G; only the first ``lengths[b]`` keys are read.
+        k_cache, v_cache: (B, G, T, D) caches in q's dtype, or in E4M3 with scales; H a multiple of G; only the first
+            ``lengths[b]`` keys are read.
         lengths: (B,) integers on the device: keys in the cache, the new tokens' included; None: all T. Never read by the
             host. A new token that no key is left for (``lengths[b]`` < N) gives 0.
         key_ranges: (B, N, 2) int32 on the device in place of ``lengths`` and ``window``: each new token sees keys lo to
             hi - 1 (caches with padding on the left).
         window: how many keys a token sees, itself included; None: all.
         scale: of the scores, positive; None: D ** -0.5.
+        k_scale, v_scale: (B, G, T) fp32, dense along T, of E4M3 caches: what each token's head is multiplied with
+            (:func:`m3kernels.ops.kv_write` makes them).
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -245,25 +284,54 @@ def attention_decode(
         raise ValueError(f"attention_decode: H must be a multiple of G and D at most {MAX_HEAD_DIM}, {shapes}")
     if not 1 <= q.shape[2] <= MAX_NEW_TOKENS:
         raise ValueError(f"attention_decode: takes 1 to {MAX_NEW_TOKENS} new tokens, {shapes}; longer: attention()")
-    if not q.dtype == k_cache.dtype == v_cache.dtype:
-        raise ValueError(f"attention_decode: one dtype, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}")
+    _check_dtypes(q, k_cache, v_cache, k_scale, v_scale)
     if window is not None and window < 1:
         raise ValueError(f"attention_decode: a window holds at least 1 key, got {window}")
     if scale is not None and not scale > 0:
         raise ValueError(f"attention_decode: scale must be positive, got {scale}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
         raise ValueError("attention_decode has no backward: call it under torch.no_grad(), or use attention()")
-    if not use_triton("attention_decode", backend, q, k_cache, v_cache):
-        masks = {"key_ranges": key_ranges, "window": window, "scale": scale}
-        return attention_decode_reference(q, k_cache, v_cache, lengths, **masks)
+    kept = (k_cache, v_cache) if k_scale is None else (k_scale, v_scale)
+    if not use_triton("attention_decode", backend, q, *kept):
+        options = {"key_ranges": key_ranges, "window": window, "scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+        return attention_decode_reference(q, k_cache, v_cache, lengths, **options)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.compiler.is_compiling():
-        return torch.ops.m3kernels.attention_decode(q, k_cache, v_cache, lengths, key_ranges, window or 0, scale)
-    return _launch(q, k_cache, v_cache, lengths, key_ranges, window or 0, scale)
+    run = torch.ops.m3kernels.attention_decode if torch.compiler.is_compiling() else _launch
+    return run(q, k_cache, v_cache, lengths, key_ranges, window or 0, scale, k_scale, v_scale)
+
+
+def _check_dtypes(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    kept = q.dtype if k_scale is None and v_scale is None else FP8
+    if not kept == k_cache.dtype == v_cache.dtype:
+        raise ValueError(
+            f"attention_decode: caches must have q's dtype, or be {FP8} with k_scale and v_scale; one dtype, "
+            f"got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}"
+        )
+    if kept == q.dtype:
+        return
+    for name, t in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (
+            t is None
+            or t.shape != k_cache.shape[:3]
+            or t.dtype != torch.float32
+            or (t.shape[2] > 1 and t.stride(2) != 1)
+        ):
+            found = "None" if t is None else f"{tuple(t.shape)} {t.dtype}, strides {t.stride()}"
+            raise ValueError(
+                f"attention_decode: {name} must be {tuple(k_cache.shape[:3])} fp32, dense along the last; got {found}"
+            )
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, ranges: Tensor | None, window: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    ranges: Tensor | None,
+    window: int,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     (batch, heads, new, dim), kv_heads = q.shape, k.shape[1]
     out = like(q)
@@ -279,8 +347,10 @@ def _launch(
         "attention_decode",
         attention_decode_kernel,
         (splits, kv_heads, batch),
-        *(q, k, v, lse if lengths is None else lengths, lse if ranges is None else ranges, partial, lse),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], k.shape[2], scale, window),
+        *(q, k, v, *(lse if t is None else t for t in (k_scale, v_scale, lengths, ranges)), partial, lse),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *((0, 0, 0, 0) if k_scale is None else (*k_scale.stride()[:2], *v_scale.stride()[:2])),
+        *(k.shape[2], scale, window),
         NEW=new,
         GROUP=group,
         ROWS=max(16, next_power_of_2(group * new)),
@@ -290,8 +360,9 @@ def _launch(
         WINDOW=window > 0,
         LENGTHS=lengths is not None,
         RANGES=ranges is not None,
+        SCALED=k_scale is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=CONFIG.warps,
+        num_warps=warps_for(block_dim, k_scale is not None),
         num_stages=CONFIG.stages if block_dim * q.element_size() <= 256 else WIDE_STAGES,
         **overlap_meta(q.device),
     )

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,13 +94,20 @@ class Generator:
         with torch.no_grad():
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
-        self._memory, self._versions = _memory_of(model), _versions_of(model)
+        self._slots = [(module, name) for module in model.modules() for name in module._parameters]
+        self._memory, self._versions = self._seen()
+
+    def _seen(self) -> tuple[list, list[int]]:
+        """(where every parameter lies, how often each was written to)."""
+        parameters = [local(p) for module, name in self._slots if (p := module._parameters[name]) is not None]
+        return [(p.data_ptr(), p.dtype) for p in parameters], [p._version for p in parameters]
 
     def _notice_changes(self) -> None:
         """Other parameters make another step; other values of them make what the cache holds another model's."""
-        if _memory_of(self.model) != self._memory:
+        memory, versions = self._seen()
+        if memory != self._memory:
             self._look_at_model()
-        elif (versions := _versions_of(self.model)) != self._versions:
+        elif versions != self._versions:
             self.forget()
             self._versions = versions
 
@@ -139,13 +147,10 @@ class Generator:
         self._notice_changes()
         longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
         state = self._state_for(plans, longest)
-        training, mode = self.model.training, self.model.eval()
-        try:
-            logits_BV = Prefill(mode, self.chunk)(plans, state.cache)
-            state.begin([len(plan.keys) for plan in plans], sampling)
-            state.draw(logits_BV)
-        finally:
-            self.model.train(training)
+        with _evaluating(self.model):
+            logits_BV = Prefill(self.model, self.chunk)(plans, state.cache)
+        state.begin([len(plan.keys) for plan in plans], sampling)
+        state.draw(logits_BV)
         state.keys = [plan.keys for plan in plans]
         return Run(self, state, len(plans), sampling, every)
 
@@ -178,14 +183,17 @@ class Generator:
         return state
 
 
-def _memory_of(model: Ministral3) -> list[tuple[str, int, torch.dtype]]:
-    """Where every parameter lies, by name."""
-    return [(name, local(p).data_ptr(), p.dtype) for name, p in model.named_parameters()]
-
-
-def _versions_of(model: Ministral3) -> list[int]:
-    """How often every parameter was written to."""
-    return [local(p)._version for p in model.parameters()]
+@contextmanager
+def _evaluating(model: Ministral3) -> Iterator[None]:
+    """In eval mode inside the block."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def _room(tokens: int) -> int:

@@ -9,17 +9,12 @@ from torch import Tensor
 
 from m3kernels.models.generation.prompt import GenerationError, Sampling
 from m3kernels.models.ministral3.cache import KVCache
+from m3kernels.ops import sample
 
 # drawn tokens that the device keeps for the host to fetch
 KEPT = 256
 # a step runs so often before it is recorded: kernels are compiled and libraries start on the way
 WARMUPS = 2
-
-
-def sample(logits, *, temperature, top_k, top_p, seed, step, greedy, filters):
-    if not greedy:
-        raise NotImplementedError
-    return logits.argmax(-1)
 
 
 class State:

@@ -8,6 +8,7 @@ import torch
 from m3kernels.ops._common import use_triton
 from m3kernels.ops.attention import attention
 from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference, splits_for
+from m3kernels.ops.kv_write import quantize_heads
 from m3kernels.parity.core import allowed_error, poisoned_allocations, relative_error
 
 decode = importlib.import_module("m3kernels.ops.attention_decode")
@@ -107,6 +108,73 @@ def test_a_graph_follows_the_lengths():
         lengths.copy_(torch.tensor(now))
         graph.replay()
         assert relative_error(out, attention_decode_reference(q.double(), k.double(), v.double(), lengths)) < 5e-3
+
+
+def in_fp8(inputs):
+    """(q, E4M3 caches, lengths), their scales, and the numbers that those stand for; NaN lies behind every end."""
+    q, k, v, lengths = inputs
+    behind = (torch.arange(k.shape[2], device=DEVICE) >= lengths[:, None])[:, None].expand(k.shape[:3])
+    caches, scales, numbers = [], [], []
+    for name, cache, size in (("k_scale", k, 3.0), ("v_scale", v, 0.01)):
+        # tokens of different sizes, whose scales then differ
+        by_token = torch.linspace(0.5, 2.0, k.shape[2], device=DEVICE)[:, None]
+        eights, scale = quantize_heads(cache.masked_fill(behind[..., None], 1.0) * by_token * size)
+        numbers.append(eights.double() * scale.double()[..., None])
+        eights.view(torch.uint8)[behind] = 0x7F
+        caches.append(eights)
+        scales.append((name, scale.masked_fill(behind, float("nan"))))
+    return (q, *caches, lengths), dict(scales), (q.double(), *numbers, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("call", ["one token", "several tokens", "head_dim 80", "an empty slot"])
+def test_a_cache_in_fp8_is_its_numbers(call, window, dtype):
+    inputs, scales, wide = in_fp8(make(*CALLS[call], dtype))
+    truth = attention_decode_reference(*wide, window=window)
+    with poisoned_allocations():
+        ours = attention_decode(*inputs, **scales, window=window)
+    assert (
+        ours.dtype == dtype
+        and relative_error(attention_decode_reference(*inputs, **scales, window=window), truth) < 1e-3
+    )
+    # scores and weights are rounded as attention over a cache of q's dtype rounds them
+    assert relative_error(ours, truth) < (2e-6 if dtype == torch.float32 else 4e-3)
+
+
+WRONG_FP8 = {
+    "the other's scales": lambda x, k_scale, v_scale: attention_decode(*x, k_scale=v_scale, v_scale=k_scale),
+    "one scale for all tokens": lambda x, k_scale, v_scale: attention_decode(
+        *x, k_scale=k_scale[:, :, :1].expand_as(k_scale).contiguous(), v_scale=v_scale
+    ),
+    "the next token's scales": lambda x, k_scale, v_scale: attention_decode(
+        *x, k_scale=k_scale, v_scale=v_scale.roll(1, 2).nan_to_num(0.0)
+    ),
+    "the next head's scales": lambda x, k_scale, v_scale: attention_decode(
+        *x, k_scale=k_scale.flip(1), v_scale=v_scale
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", WRONG_FP8)
+def test_wrong_scales_are_caught(variant):
+    inputs, scales, wide = in_fp8(make(2, 4, 2, 1, 200, 32, (200, 70)))
+    assert relative_error(WRONG_FP8[variant](inputs, **scales), attention_decode_reference(*wide)) > 1e-3
+
+
+def test_fp8_caches_need_their_scales():
+    inputs, scales, _ = in_fp8(make(2, 4, 2, 1, 20, 16, (20, 7)))
+    k_scale, v_scale = scales.values()
+    with pytest.raises(ValueError, match="with k_scale and v_scale"):
+        attention_decode(*inputs)
+    with pytest.raises(ValueError, match="v_scale must be .* got None"):
+        attention_decode(*inputs, k_scale=k_scale)
+    with pytest.raises(ValueError, match=r"k_scale must be \(2, 2, 20\)"):
+        attention_decode(*inputs, k_scale=k_scale[:, :, :7], v_scale=v_scale)
+    with pytest.raises(ValueError, match="dense along the last"):
+        attention_decode(*inputs, k_scale=k_scale, v_scale=v_scale.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match="caches must have q's dtype"):
+        attention_decode(*make(2, 4, 2, 1, 20, 16, (20, 7)), **scales)
 
 
 @pytest.mark.parametrize(
