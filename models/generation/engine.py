@@ -95,6 +95,7 @@ class Generator:
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
         self._slots = [(module, name) for module in model.modules() for name in module._parameters]
+        self._modules = [(parent, *item) for parent in model.modules() for item in parent._modules.items()]
         self._memory, self._versions = self._seen()
 
     def _seen(self) -> tuple[list, list[int]]:
@@ -103,9 +104,10 @@ class Generator:
         return [(p.data_ptr(), p.dtype) for p in parameters], [p._version for p in parameters]
 
     def _notice_changes(self) -> None:
-        """Other parameters make another step; other values of them make what the cache holds another model's."""
+        """Other modules or parameters make another step; other values make what the cache holds another model's."""
         memory, versions = self._seen()
-        if memory != self._memory:
+        same = all(parent._modules.get(name) is module for parent, name, module in self._modules)
+        if not same or memory != self._memory:
             self._look_at_model()
         elif versions != self._versions:
             self.forget()
