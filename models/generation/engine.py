@@ -100,7 +100,7 @@ class Generator:
 
     def _seen(self) -> tuple[list, list[int]]:
         """(where every parameter lies, how often each was written to)."""
-        parameters = [local(p) for module, name in self._slots if (p := module._parameters[name]) is not None]
+        parameters = [local(p) for module, name in self._slots if (p := module._parameters.get(name)) is not None]
         return [(p.data_ptr(), p.dtype) for p in parameters], [p._version for p in parameters]
 
     def _notice_changes(self) -> None:
