@@ -72,7 +72,6 @@ def decode_qkv_kernel(
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
     MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
@@ -96,7 +95,7 @@ def decode_qkv_kernel(
     p_first, p_second = p_weight + o_n[:, None] * w_stride, p_weight + (o_n + HALF)[:, None] * w_stride
     y1, y2 = weights_times_x(
         *(p_first, p_second, m_half, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(True, X_SCALE, PRECISION, MOVED, OVERLAP),
+        *(True, X_SCALE, MOVED, OVERLAP),
     )
     if SCALED:
         y1 *= load_scales(p_scale, o_n, m_half, SCALED)
