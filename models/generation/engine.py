@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3kernels.models.generation.prefill import Plan, Prefill, common
+from m3kernels.models.generation.prefill import Plan, Prefill, common, planned
 from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
 from m3kernels.models.generation.state import KEPT, State
 from m3kernels.models.generation.step import DecodeStep, module_step, why_not_fused
@@ -95,17 +95,19 @@ class Generator:
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
         self._slots = [(module, name) for module in model.modules() for name in module._parameters]
+        self._modules = [(parent, *item) for parent in model.modules() for item in parent._modules.items()]
         self._memory, self._versions = self._seen()
 
     def _seen(self) -> tuple[list, list[int]]:
         """(where every parameter lies, how often each was written to)."""
-        parameters = [local(p) for module, name in self._slots if (p := module._parameters[name]) is not None]
+        parameters = [local(p) for module, name in self._slots if (p := module._parameters.get(name)) is not None]
         return [(p.data_ptr(), p.dtype) for p in parameters], [p._version for p in parameters]
 
     def _notice_changes(self) -> None:
-        """Other parameters make another step; other values of them make what the cache holds another model's."""
+        """Other modules or parameters make another step; other values make what the cache holds another model's."""
         memory, versions = self._seen()
-        if memory != self._memory:
+        same = all(parent._modules.get(name) is module for parent, name, module in self._modules)
+        if not same or memory != self._memory:
             self._look_at_model()
         elif versions != self._versions:
             self.forget()
@@ -132,15 +134,8 @@ class Generator:
             raise GenerationError("there is no prompt; give at least one")
         if not 1 <= every <= MAX_EVERY:
             raise GenerationError(f"every={every}; allowed: 1 to {MAX_EVERY} tokens")
-        plans = [Plan.of(prompt, self.model, f"prompt {row}") for row, prompt in enumerate(prompts)]
-        most = self.model.config.text.max_positions
-        for row, plan in enumerate(plans):
-            if len(plan.keys) + sampling.max_new_tokens > most:
-                raise GenerationError(
-                    f"prompt {row} has {len(plan.keys)} tokens, and max_new_tokens is {sampling.max_new_tokens}: together "
-                    f"{len(plan.keys) + sampling.max_new_tokens}, and the model has {most} positions; shorten the prompt, "
-                    f"or take max_new_tokens={max(most - len(plan.keys), 0)}"
-                )
+        config = self.model.config
+        plans = [planned(prompt, config, sampling, f"prompt {row}") for row, prompt in enumerate(prompts)]
         for token in sampling.stop_tokens:
             if not 0 <= token < self.model.config.text.vocab_size:
                 raise GenerationError(f"stop token {token}; the model has {self.model.config.text.vocab_size} ids")
