@@ -403,7 +403,7 @@ def test_decode_products(op, fp8, rows):
         constexprs |= {"STAGES": tile.stages, "NORM": True, "X_SCALE": 1.0}
         constexprs |= {"MOVED": fp8, "OVERLAP": True}
         types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names}
-        types |= {n: "*fp32" for n in types if n.endswith("_scale") or n == "p_table"}
+        types |= {n: "*fp32" for n in types if n.endswith("_scale") or n in ("p_cos", "p_sin")}
         types |= {n: "*i64" for n in ("p_position", "p_slot")} | {"eps": "fp32", "beta": "fp32"}
         if fp8:
             types |= {n: "*fp8e4nv" for n in types if n in ("p_w", "p_gate", "p_up") or n.endswith("_weight")}
