@@ -342,7 +342,7 @@ def test_kv_write(heads, dim, scaled):
         types |= dict.fromkeys(("p_k_scale", "p_v_scale"), "*fp32")
     constexprs = {"HEADS": heads, "DIM": dim, "BLOCK_HEADS": rms.next_power_of_2(heads)}
     constexprs |= {"BLOCK_DIM": rms.next_power_of_2(dim), "HAS_ROWS": True, "SCALED": scaled}
-    report = compile_sm90(kernel, 4, constexprs | {"SMALLEST": kv_write.SMALLEST}, types)
+    report = compile_sm90(kernel, 4, constexprs | {"SMALLEST": kv_write.SMALLEST, "OVERLAP": True}, types)
     check(kernel, report, 0)
     assert not scaled or "cvt.rn.satfinite.e4m3x2.f32" in report["ptx"]
 

@@ -9,7 +9,7 @@ within 2^-4 of itself, or 2^-10 of the scale where it is smaller than 2^-6 scale
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import launch, next_power_of_2, use_triton
+from m3kernels.ops._common import launch, next_power_of_2, overlap_meta, use_triton
 from m3kernels.ops._triton import INTERPRET, tl, triton
 from m3kernels.ops.fp8_dequantize import FP8
 
@@ -68,7 +68,11 @@ def kv_write_kernel(
     HAS_ROWS: tl.constexpr,
     SCALED: tl.constexpr,
     SMALLEST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     row, at = token, tl.load(p_at + token).to(tl.int64)
     if HAS_ROWS:
@@ -231,6 +235,7 @@ def _launch(
         HAS_ROWS=rows is not None,
         SCALED=k_scale is not None,
         SMALLEST=SMALLEST,
+        **overlap_meta(k.device),
         num_warps=4,
     )
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import cdiv, launch, next_power_of_2, use_triton
-from m3kernels.ops._decode_products import overlaps
+from m3kernels.ops._common import cdiv, launch, next_power_of_2, overlap_meta, use_triton
 from m3kernels.ops._philox import LOW, laned_calls, laned_words, philox
 from m3kernels.ops._sample_kernels import (
     SPAN,
@@ -196,8 +195,7 @@ def _launch(
         return out
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     chunk = GROUP * cdiv(cdiv(vocab, GROUP), MAX_SPLITS)
-    splits, overlap = cdiv(vocab, chunk), overlaps(logits.device)
-    options = {"OVERLAP": overlap, "num_warps": CONFIG.warps} | ({"launch_pdl": True} if overlap else {})
+    splits, options = cdiv(vocab, chunk), {**overlap_meta(logits.device), "num_warps": CONFIG.warps}
     least = _least_allowed(logits, temperature, top_k, top_p, chunk, splits, options) if filters else temperature
     score = torch.empty((rows, splits), dtype=torch.float32, device=logits.device)
     found = torch.empty((rows, splits), dtype=torch.int32, device=logits.device)

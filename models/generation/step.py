@@ -127,7 +127,9 @@ class DecodeStep:
             slots=positions_B if plain else None,
             scales=(layer.q.scale, layer.k.scale, layer.v.scale),
         )
-        options = {"window": self.text.sliding_window}
+        if not plain:
+            held.write(k_BGK, v_BGK, None, positions_B)
+        options = {"window": self.text.sliding_window, "k_scale": held.key_scales, "v_scale": held.value_scales}
         out_BHK = attention_decode(q_BHK[:, :, None], held.keys, held.values, filled_B, **options)[:, :, 0]
         return self.project(out_BHK.flatten(1), layer.o, x_BD)
 
