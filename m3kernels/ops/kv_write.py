@@ -11,11 +11,7 @@ from torch import Tensor
 
 from m3kernels.ops._common import launch, next_power_of_2, overlap_meta, use_triton
 from m3kernels.ops._triton import INTERPRET, tl, triton
-from m3kernels.ops.fp8_dequantize import FP8
-
-FP8_MAX = torch.finfo(FP8).max
-# keeps a head of zeros from dividing by zero
-SMALLEST = torch.finfo(torch.float32).tiny
+from m3kernels.ops.fp8_dequantize import FP8, SMALLEST_SCALE, quantize_rows
 
 
 @triton.jit
@@ -98,13 +94,6 @@ def kv_write_kernel(
         )
 
 
-def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., K) in E4M3, and its scales (...) in fp32: each token's head by its largest value."""
-    x = x.float()
-    scale = (x.abs().amax(dim=-1) / FP8_MAX).clamp(min=SMALLEST)
-    return (x / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
-
-
 @torch.no_grad()
 def kv_write_reference(
     k: Tensor,
@@ -124,7 +113,7 @@ def kv_write_reference(
     for new, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         new = new[kept]
         if scales is not None:
-            new, scales[rows, :, at] = quantize_heads(new)
+            new, scales[rows, :, at] = quantize_rows(new)
         cache[rows, :, at] = new.to(cache.dtype)
 
 
@@ -234,7 +223,7 @@ def _launch(
         BLOCK_DIM=next_power_of_2(dim),
         HAS_ROWS=rows is not None,
         SCALED=k_scale is not None,
-        SMALLEST=SMALLEST,
+        SMALLEST=SMALLEST_SCALE,
         **overlap_meta(k.device),
         num_warps=4,
     )

@@ -6,7 +6,7 @@ import torch
 from m3kernels.ops import kv_write, kv_write_reference
 from m3kernels.ops._common import use_triton
 from m3kernels.ops._triton import INTERPRET
-from m3kernels.ops.kv_write import quantize_heads
+from m3kernels.ops.fp8_dequantize import quantize_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
@@ -74,7 +74,7 @@ def test_fp8_is_within_its_bounds():
 
 
 def test_heads_of_zeros_and_what_is_no_number():
-    eights, scale = quantize_heads(torch.tensor([[0.0, 0.0], [float("nan"), 1.0]]))
+    eights, scale = quantize_rows(torch.tensor([[0.0, 0.0], [float("nan"), 1.0]]))
     assert eights[0].float().tolist() == [0.0, 0.0] and 0 < scale[0] < 1e-30
     assert eights[1].float().isnan().any()
 
@@ -85,7 +85,7 @@ def test_the_fp8_kernel_is_the_reference(dtype):
     """The interpreter rounds to E4M3 wrongly: there, of numbers that need no rounding."""
     k, v, k_cache, v_cache, rows, at, scales = draw(dtype, fp8=True)
     if INTERPRET:
-        k, v = (quantize_heads(x)[0].to(dtype) * 0.5 for x in (k, v))
+        k, v = (quantize_rows(x)[0].to(dtype) * 0.5 for x in (k, v))
     theirs = [k_cache.clone(), v_cache.clone()]
     their_scales = {name: scale.clone() for name, scale in scales.items()}
     kv_write(k, v, k_cache, v_cache, rows, at, **scales, backend="triton")
