@@ -158,6 +158,8 @@ def why_not_fused(model: Ministral3) -> str:
     for module in body.modules():
         if getattr(module, "lora_A", None) is not None:
             return "it has adapters: merge_adapters(model) puts them into the weights"
+        if getattr(module, "block_size", None) is not None:
+            return "its FP8 weights have a scale for each block: quantize='fp8' makes one for each row"
         if has_hooks(module):
             return f"{type(module).__name__} has hooks"
     if not is_silu(body.layers[0].mlp.act_fn):
