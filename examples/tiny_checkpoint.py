@@ -23,14 +23,20 @@ def write(
     size: ModelSize = ModelSize(hidden=64, intermediate=128, vision_hidden=32, vision_heads=2, vision_intermediate=64),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    says_text: bool = False,
 ) -> Path:
     """Weights, config and ``tekken.json`` as a released checkpoint has them.
 
     Args:
         vocab: rows of the embedding: 1,000 control tokens and the first of Mistral's others, all 256 bytes among them.
+        says_text: draw the rows of control tokens small, or half of what it generates would be these.
     """
     folder = Path(folder)
     model = build_model(model_config(vocab, size), seed=seed, device="cpu", dtype=dtype)
+    if says_text:
+        with torch.no_grad():
+            for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+                table[:SPECIAL] *= 0.1
     model.save_pretrained(folder)
     write_tokenizer(folder / "tekken.json")
     tekken = json.loads((folder / "tekken.json").read_text(encoding="utf-8"))
@@ -44,4 +50,4 @@ def write(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    print(write(parser.parse_args().folder))
+    print(write(parser.parse_args().folder, says_text=True))

@@ -4,6 +4,8 @@ import m3kernels
 report = m3kernels.patch(model)
 print(report)
 
+``m3kernels.generate(model, input_ids, max_new_tokens=100)`` is the model's ``generate`` by the fast engine.
+
 ``m3kernels.peft.target_modules(model)`` names the modules for a LoRA.
 """
 
@@ -18,4 +20,13 @@ else:
     register()  # from_pretrained(..., attn_implementation="m3kernels")
 
 __version__ = "0.1.0"
-__all__ = ["PatchReport", "is_patched", "patch", "patched", "unpatch"]
+__all__ = ["PatchReport", "generate", "is_patched", "patch", "patched", "unpatch"]
+
+
+def __getattr__(name: str):
+    # the engine and transformers' generation are imported where somebody generates
+    if name == "generate":
+        from m3kernels.models.generation.huggingface import generate
+
+        return generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

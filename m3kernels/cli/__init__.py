@@ -8,7 +8,7 @@ import importlib
 import sys
 
 # a new subcommand is a new file and a name here
-SUBCOMMANDS = ("demo", "doctor", "check", "bench", "convert", "finetune", "data")
+SUBCOMMANDS = ("demo", "doctor", "check", "bench", "convert", "finetune", "data", "generate")
 
 
 def main(argv: list[str] | None = None) -> int:

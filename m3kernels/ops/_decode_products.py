@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3kernels.ops._common import TRITON_DTYPES, next_power_of_2, overlap_meta
+from m3kernels.ops._common import TRITON_DTYPES, is_dtensor, next_power_of_2, overlap_meta
 from m3kernels.ops._triton import INTERPRET, tl, triton
 from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.ops.rms_norm import rms_norm, rms_norm_reference
@@ -40,8 +40,8 @@ class Tiles:
         return self.one if rows == 1 else self.few if rows <= 16 else self.many
 
 
-# four E4M3 numbers in a register to bf16 or fp32 of the same bits: sign, exponent and mantissa move, subnormals too, and
-# the value is 2^-120 of what it was. Converting by cvt, which also takes a round trip by fp16, would be what decoding waits for
+# four E4M3 numbers in a register to bf16 of the same bits: sign, exponent and mantissa move, subnormals too, and the value
+# is 2^-120 of what it was. By cvt they would go through fp16 and fp32, which the tensor cores wait for
 E4M3_TO_BF16 = tl.constexpr("""{
 .reg .b32 a, b, c, d;
 prmt.b32 a, $2, 0, 0x1404;
@@ -55,33 +55,17 @@ and.b32 b, b, 0x80008000;
 or.b32 $0, a, c;
 or.b32 $1, b, d;
 }""")
-E4M3_TO_FP32 = tl.constexpr("""{
-.reg .b32 a, b, c, d;
-shl.b32 a, $4, 24;
-shl.b32 b, $4, 16;
-shl.b32 c, $4, 8;
-shr.s32 a, a, 4;
-shr.s32 b, b, 4;
-shr.s32 c, c, 4;
-shr.s32 d, $4, 4;
-and.b32 $0, a, 0x87f00000;
-and.b32 $1, b, 0x87f00000;
-and.b32 $2, c, 0x87f00000;
-and.b32 $3, d, 0x87f00000;
-}""")
 # shared out between x and the sums, so that neither overflows
 E4M3_HALF = tl.constexpr(2.0**60)
 
 
 @triton.jit
 def as_number(b_w, dtype: tl.constexpr, MOVED: tl.constexpr):
-    """Weights as ``dtype``; with MOVED, E4M3 ones times 2^-120."""
-    if not MOVED:
-        number = b_w.to(dtype)
-    elif dtype == tl.float32:
-        number = tl.inline_asm_elementwise(E4M3_TO_FP32, "=r,=r,=r,=r,r", [b_w], dtype=tl.float32, is_pure=True, pack=4)
-    else:
+    """Weights as ``dtype``; with MOVED, E4M3 ones as bf16 times 2^-120."""
+    if MOVED:
         number = tl.inline_asm_elementwise(E4M3_TO_BF16, "=r,=r,r", [b_w], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        number = b_w.to(dtype)
     return number
 
 
@@ -118,12 +102,14 @@ def weights_times_x(
         acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         acc2 = acc1
         squares = tl.zeros([BLOCK_K], tl.float32)
+        # as many weights a thread as elements of x, whatever their size: else x would change hands by shared memory
+        o_w = tl.max_contiguous(o_k, 8)
         for k in tl.static_range(0, K, BLOCK_K):
             m_k = k + o_k < K
             mask = m_n[:, None] if EVEN else m_n[:, None] & m_k[None, :]
-            b_w1 = tl.load(p_w1 + (k + o_k)[None, :], mask=mask, other=0.0)
+            b_w1 = tl.load(p_w1 + (k + o_w)[None, :], mask=mask, other=0.0)
             if PAIR:
-                b_w2 = tl.load(p_w2 + (k + o_k)[None, :], mask=mask, other=0.0)
+                b_w2 = tl.load(p_w2 + (k + o_w)[None, :], mask=mask, other=0.0)
             if OVERLAP and k == 0:
                 tl.extra.cuda.gdc_wait()
                 tl.extra.cuda.gdc_launch_dependents()
@@ -131,10 +117,9 @@ def weights_times_x(
             if NORM:
                 squares += b_x * b_x
                 b_x *= tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_x *= X_SCALE
-            acc1 += as_number(b_w1, tl.float32, MOVED) * b_x[None, :]
+            acc1 += b_w1.to(tl.float32) * b_x[None, :]
             if PAIR:
-                acc2 += as_number(b_w2, tl.float32, MOVED) * b_x[None, :]
+                acc2 += b_w2.to(tl.float32) * b_x[None, :]
         y1 = tl.sum(acc1, axis=1)[:, None]
         y2 = tl.sum(acc2, axis=1)[:, None] if PAIR else y1
         mean = tl.sum(squares, axis=0) / K
@@ -160,9 +145,15 @@ def weights_times_x(
                 b_x = (wide * gain[:, None]).to(b_x.dtype)
             elif X_SCALE != 1.0:
                 b_x = (b_x.to(tl.float32) * X_SCALE).to(b_x.dtype)
-            acc1 = tl.dot(as_number(b_w1, b_x.dtype, MOVED), b_x, acc1, input_precision=PRECISION)
-            if PAIR:
-                acc2 = tl.dot(as_number(b_w2, b_x.dtype, MOVED), b_x, acc2, input_precision=PRECISION)
+            if PRECISION == "ieee":
+                # tile by tile: one chain over all of K rounds more than the tiles' sums and theirs
+                acc1 += tl.dot(b_w1.to(b_x.dtype), b_x, input_precision=PRECISION)
+                if PAIR:
+                    acc2 += tl.dot(b_w2.to(b_x.dtype), b_x, input_precision=PRECISION)
+            else:
+                acc1 = tl.dot(as_number(b_w1, b_x.dtype, MOVED), b_x, acc1, input_precision=PRECISION)
+                if PAIR:
+                    acc2 = tl.dot(as_number(b_w2, b_x.dtype, MOVED), b_x, acc2, input_precision=PRECISION)
         y1, y2 = acc1, acc2
         mean = tl.sum(squares, axis=0)[None, :] / K
     # X_SCALE is a power of two, so that this is exact
@@ -187,8 +178,7 @@ def load_scales(p_scale, o_n, m_n, KIND: tl.constexpr):
 def rows_meta(x: Tensor, weight: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
     """The constexprs that :func:`weights_times_x` takes from a call; its launch options."""
     rows = x.shape[0]
-    # fp16 and fp32 products of several rows convert: the first in one step, the second for exactness
-    moved = weight.dtype == FP8 and (rows == 1 or x.dtype == torch.bfloat16) and not INTERPRET
+    moved = weight.dtype == FP8 and rows > 1 and x.dtype == torch.bfloat16 and not INTERPRET
     scale = FP16_SCALE if x.dtype == torch.float16 and rows > 1 and norm_weight is not None else 1.0
     return {
         "K": x.shape[1],
@@ -243,24 +233,27 @@ def check_products(
     op: str,
     x: Tensor,
     weights: dict[str, Tensor],
-    scales: dict[str, Tensor | None],
+    scales: Sequence[Tensor | None],
     norm_weight: Tensor | None,
 ) -> None:
     """Raises ValueError or TypeError for what the decode ops do not take."""
-    shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in {"x": x, **weights}.items())
-    if x.dim() != 2 or any(w.dim() != 2 or w.shape[1] != x.shape[1] for w in weights.values()):
-        raise ValueError(f"{op}: needs x (M, K) and weights (N, K), got {shapes}")
-    for (name, weight), scale in zip(weights.items(), scales.values()):
-        if type(weight).__name__ == "DTensor":
+
+    def given() -> str:
+        return "got " + ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in {"x": x, **weights}.items())
+
+    width, records = x.shape[-1:], torch.is_grad_enabled()
+    if x.dim() != 2 or any(w.dim() != 2 or w.shape[1:] != width for w in weights.values()):
+        raise ValueError(f"{op}: needs x (M, K) and weights (N, K), {given()}")
+    for (name, weight), scale in zip(weights.items(), scales):
+        if is_dtensor(weight):
             raise TypeError(f"{op}: {name} is a DTensor; pass the local shard (tensor.to_local())")
-        if weight.dtype != (FP8 if scale is not None else x.dtype):
-            raise TypeError(f"{op}: {name} must be of x's dtype, or {FP8} with its scale; got {shapes}")
+        if weight.dtype != (x.dtype if scale is None else FP8):
+            raise TypeError(f"{op}: {name} must be of x's dtype, or {FP8} with its scale; {given()}")
         if scale is not None and (scale.dtype != torch.float32 or scale.numel() not in (1, weight.shape[0])):
             raise ValueError(
-                f"{op}: {name} (N, K) takes one fp32 scale or (N,); got {tuple(scale.shape)} {scale.dtype}, {shapes}"
+                f"{op}: {name} (N, K) takes one fp32 scale or (N,); got {tuple(scale.shape)} {scale.dtype}, {given()}"
             )
-    if norm_weight is not None and norm_weight.shape != x.shape[1:]:
-        raise ValueError(f"{op}: norm_weight must be (K,), got {tuple(norm_weight.shape)}, {shapes}")
-    tensors = (x, *weights.values(), norm_weight)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if norm_weight is not None and norm_weight.shape != width:
+        raise ValueError(f"{op}: norm_weight must be (K,), got {tuple(norm_weight.shape)}, {given()}")
+    if records and any(t is not None and t.requires_grad for t in (x, *weights.values(), norm_weight)):
         raise ValueError(f"{op} has no backward: call it under torch.no_grad()")

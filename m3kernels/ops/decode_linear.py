@@ -29,7 +29,7 @@ TILES = Tiles(
     WeightTile(4, 1024, warps=2), WeightTile(16, 256, warps=2, stages=5), WeightTile(64, 128, warps=4, stages=5)
 )
 FP8_TILES = Tiles(
-    WeightTile(4, 2048, warps=4), WeightTile(32, 256, warps=4, stages=3), WeightTile(32, 128, warps=4, stages=3)
+    WeightTile(4, 2048, warps=4), WeightTile(16, 128, warps=2, stages=5), WeightTile(32, 128, warps=4, stages=3)
 )
 # a vocabulary has rows enough for larger tiles
 WIDE_TILES = Tiles(WeightTile(2, 1024, warps=4), WeightTile(64, 256, warps=4, stages=5), TILES.many)
@@ -129,7 +129,7 @@ def decode_linear(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit; tensors that require a gradient.
     """
-    check_products("decode_linear", x, {"weight": weight}, {"scale": scale}, norm_weight)
+    check_products("decode_linear", x, {"weight": weight}, (scale,), norm_weight)
     if residual is not None and (residual.shape != (x.shape[0], weight.shape[0]) or residual.dtype != x.dtype):
         raise ValueError(
             f"decode_linear: residual must be {(x.shape[0], weight.shape[0])} in {x.dtype}, "

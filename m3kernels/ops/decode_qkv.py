@@ -30,7 +30,7 @@ TILES = Tiles(
     WeightTile(2, 1024, warps=2), WeightTile(64, 256, warps=4, stages=3), WeightTile(64, 128, warps=4, stages=3)
 )
 FP8_TILES = Tiles(
-    WeightTile(4, 1024, warps=4), WeightTile(16, 128, warps=2, stages=3), WeightTile(16, 128, warps=4, stages=3)
+    WeightTile(4, 1024, warps=4), WeightTile(32, 128, warps=2, stages=3), WeightTile(16, 128, warps=4, stages=3)
 )
 
 
@@ -210,7 +210,7 @@ def decode_qkv(
         ValueError, TypeError: shapes or dtypes that do not fit; tensors that require a gradient.
     """
     weights = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
-    check_products("decode_qkv", x, weights, dict(zip(weights, scales)), norm_weight)
+    check_products("decode_qkv", x, weights, scales, norm_weight)
     _check(x, weights, head_dim, table, positions, caches, slots, scales)
     if not use_triton("decode_qkv", backend, x, table, *(t for t in (norm_weight,) if t is not None)):
         options = {"norm_weight": norm_weight, "eps": eps, "llama4": llama4, "caches": caches, "slots": slots}
@@ -228,11 +228,10 @@ def decode_qkv(
 
 
 def _check(x, weights, head_dim, table, positions, caches, slots, scales) -> None:
-    rows, shapes = x.shape[0], {name: tuple(w.shape) for name, w in weights.items()}
-    heads = [w.shape[0] for w in weights.values()]
+    rows, heads = x.shape[0], [w.shape[0] for w in weights.values()]
     if head_dim < 2 or head_dim % 2 or any(n % head_dim for n in heads) or heads[1] != heads[2]:
         raise ValueError(
-            f"decode_qkv: weights must have whole heads of head_dim {head_dim} (even), k as v; got {shapes}"
+            f"decode_qkv: weights must have whole heads of head_dim {head_dim} (even), k as v; got rows {heads}"
         )
     if table.shape != (rows, head_dim) or table.dtype != torch.float32 or positions.shape != (rows,):
         raise ValueError(

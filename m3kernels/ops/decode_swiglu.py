@@ -115,13 +115,13 @@ def decode_swiglu(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit; tensors that require a gradient.
     """
-    weights, scales = {"gate": gate, "up": up}, {"gate_scale": gate_scale, "up_scale": up_scale}
-    check_products("decode_swiglu", x, weights, scales, norm_weight)
+    check_products("decode_swiglu", x, {"gate": gate, "up": up}, (gate_scale, up_scale), norm_weight)
     if gate.shape != up.shape or scale_kind(gate_scale) != scale_kind(up_scale):
         raise ValueError(
             f"decode_swiglu: gate and up must have one shape and one kind of scale, got {tuple(gate.shape)} and {tuple(up.shape)}"
         )
     if not use_triton("decode_swiglu", backend, x, *(t for t in (norm_weight,) if t is not None)):
+        scales = {"gate_scale": gate_scale, "up_scale": up_scale}
         return decode_swiglu_reference(x, gate, up, norm_weight=norm_weight, eps=eps, **scales)
     if torch.compiler.is_compiling():
         return torch.ops.m3kernels.decode_swiglu(x, gate, up, norm_weight, eps, gate_scale, up_scale)

@@ -195,7 +195,8 @@ def _launch(
         return out
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     chunk = GROUP * cdiv(cdiv(vocab, GROUP), MAX_SPLITS)
-    splits, options = cdiv(vocab, chunk), {**overlap_meta(logits.device), "num_warps": CONFIG.warps}
+    splits = cdiv(vocab, chunk)
+    options = overlap_meta(logits.device) | {"num_warps": CONFIG.warps}
     least = _least_allowed(logits, temperature, top_k, top_p, chunk, splits, options) if filters else temperature
     score = torch.empty((rows, splits), dtype=torch.float32, device=logits.device)
     found = torch.empty((rows, splits), dtype=torch.int32, device=logits.device)

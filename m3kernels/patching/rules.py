@@ -180,7 +180,12 @@ RULES = (
 
 
 def prepare(model: nn.Module) -> None:
-    """Prepares every module that is fused; again where that was undone since, by a cast or a move to another device."""
+    """Prepares every module that is fused; again where that was undone since, by a cast or a move to another device.
+
+    Nothing of a model that ``borrows_weights`` of another: that one may not find them moved.
+    """
+    if getattr(model, "borrows_weights", False):
+        return
     by_forward = {rule.forward: rule.prepare for rule in RULES}
     for module in model.modules():
         by_forward.get(getattr(type(module), "_m3k_forward", ""), _always)(module)

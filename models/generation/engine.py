@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3kernels.models.generation.prefill import Plan, Prefill, common
+from m3kernels.models.generation.prefill import Plan, Prefill, common, planned
 from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
 from m3kernels.models.generation.state import KEPT, State
 from m3kernels.models.generation.step import DecodeStep, module_step, why_not_fused
@@ -93,13 +94,22 @@ class Generator:
         with torch.no_grad():
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
-        self._memory, self._versions = _memory_of(model), _versions_of(model)
+        self._slots = [(module, name) for module in model.modules() for name in module._parameters]
+        self._modules = [(parent, *item) for parent in model.modules() for item in parent._modules.items()]
+        self._memory, self._versions = self._seen()
+
+    def _seen(self) -> tuple[list, list[int]]:
+        """(where every parameter lies, how often each was written to)."""
+        parameters = [local(p) for module, name in self._slots if (p := module._parameters.get(name)) is not None]
+        return [(p.data_ptr(), p.dtype) for p in parameters], [p._version for p in parameters]
 
     def _notice_changes(self) -> None:
-        """Other parameters make another step; other values of them make what the cache holds another model's."""
-        if _memory_of(self.model) != self._memory:
+        """Other modules or parameters make another step; other values make what the cache holds another model's."""
+        memory, versions = self._seen()
+        same = all(parent._modules.get(name) is module for parent, name, module in self._modules)
+        if not same or memory != self._memory:
             self._look_at_model()
-        elif (versions := _versions_of(self.model)) != self._versions:
+        elif versions != self._versions:
             self.forget()
             self._versions = versions
 
@@ -124,28 +134,18 @@ class Generator:
             raise GenerationError("there is no prompt; give at least one")
         if not 1 <= every <= MAX_EVERY:
             raise GenerationError(f"every={every}; allowed: 1 to {MAX_EVERY} tokens")
-        plans = [Plan.of(prompt, self.model, f"prompt {row}") for row, prompt in enumerate(prompts)]
-        most = self.model.config.text.max_positions
-        for row, plan in enumerate(plans):
-            if len(plan.keys) + sampling.max_new_tokens > most:
-                raise GenerationError(
-                    f"prompt {row} has {len(plan.keys)} tokens, and max_new_tokens is {sampling.max_new_tokens}: together "
-                    f"{len(plan.keys) + sampling.max_new_tokens}, and the model has {most} positions; shorten the prompt, "
-                    f"or take max_new_tokens={max(most - len(plan.keys), 0)}"
-                )
+        config = self.model.config
+        plans = [planned(prompt, config, sampling, f"prompt {row}") for row, prompt in enumerate(prompts)]
         for token in sampling.stop_tokens:
             if not 0 <= token < self.model.config.text.vocab_size:
                 raise GenerationError(f"stop token {token}; the model has {self.model.config.text.vocab_size} ids")
         self._notice_changes()
         longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
         state = self._state_for(plans, longest)
-        training, mode = self.model.training, self.model.eval()
-        try:
-            logits_BV = Prefill(mode, self.chunk)(plans, state.cache)
-            state.begin([len(plan.keys) for plan in plans], sampling)
-            state.draw(logits_BV)
-        finally:
-            self.model.train(training)
+        with _evaluating(self.model):
+            logits_BV = Prefill(self.model, self.chunk)(plans, state.cache)
+        state.begin([len(plan.keys) for plan in plans], sampling)
+        state.draw(logits_BV)
         state.keys = [plan.keys for plan in plans]
         return Run(self, state, len(plans), sampling, every)
 
@@ -178,14 +178,17 @@ class Generator:
         return state
 
 
-def _memory_of(model: Ministral3) -> list[tuple[str, int, torch.dtype]]:
-    """Where every parameter lies, by name."""
-    return [(name, local(p).data_ptr(), p.dtype) for name, p in model.named_parameters()]
-
-
-def _versions_of(model: Ministral3) -> list[int]:
-    """How often every parameter was written to."""
-    return [local(p)._version for p in model.parameters()]
+@contextmanager
+def _evaluating(model: Ministral3) -> Iterator[None]:
+    """In eval mode inside the block."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def _room(tokens: int) -> int:

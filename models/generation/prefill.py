@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3kernels.models.generation.prompt import GenerationError, Prompt
-from m3kernels.models.ministral3 import Ministral3
+from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
+from m3kernels.models.ministral3 import Config, Ministral3
 from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.models.ministral3.layers import Sequences
 from m3kernels.models.ministral3.tokens import Tokens
@@ -39,9 +39,8 @@ class Plan:
     keys: np.ndarray
 
     @classmethod
-    def of(cls, prompt: Prompt, model: Ministral3, name: str) -> "Plan":
+    def of(cls, prompt: Prompt, config: Config, name: str) -> "Plan":
         """Raises GenerationError for a prompt that the model does not take."""
-        config = model.config
         ids = np.asarray(prompt.tokens, dtype=np.int64)
         if not ids.size:
             raise GenerationError(f"{name} is empty; give at least one token")
@@ -52,17 +51,34 @@ class Plan:
             )
         if prompt.images and config.vision is None:
             raise GenerationError(f"{name} has images, but the checkpoint is a language model alone")
-        grids, counts = _grids(prompt, model, name)
+        grids, counts = _grids(prompt, config, name)
         found = 0 if config.image_token is None or config.vision is None else int((ids == config.image_token).sum())
         if found != sum(counts):
             raise GenerationError(f"{name} has {found} image tokens for images that make {sum(counts)}")
         return cls(prompt, grids, counts, prompt.keys(-1 if config.image_token is None else config.image_token, counts))
 
 
-def _grids(prompt: Prompt, model: Ministral3, name: str) -> tuple[Grids, tuple[int, ...]]:
+def planned(prompt: Prompt, config: Config, sampling: Sampling, name: str) -> Plan:
+    """A prompt of which there is room for all that ``sampling`` may add; no weight is needed to say so.
+
+    Raises:
+        GenerationError: one that the model does not take, or more tokens than it has positions.
+    """
+    made, most = Plan.of(prompt, config, name), config.text.max_positions
+    total = len(made.keys) + sampling.max_new_tokens
+    if total > most:
+        fits = most - len(made.keys)
+        raise GenerationError(
+            f"{name} has {len(made.keys)} tokens, and max_new_tokens is {sampling.max_new_tokens}: together {total}, and the "
+            f"model has {most} positions; shorten the prompt" + (f", or take max_new_tokens={fits}" if fits > 0 else "")
+        )
+    return made
+
+
+def _grids(prompt: Prompt, config: Config, name: str) -> tuple[Grids, tuple[int, ...]]:
     if not prompt.images:
         return (), ()
-    vision = model.config.vision
+    vision = config.vision
     side = vision.patch_size * vision.spatial_merge_size
     for image in prompt.images:
         if image.ndim != 3 or image.shape[0] != vision.num_channels or any(n % side or not n for n in image.shape[1:]):

@@ -251,6 +251,16 @@ def load_adapter(model: "Ministral3", folder: str | os.PathLike) -> None:
         CheckpointError: no adapter is there, or it is damaged.
         AdapterError: the file's adapters are of another rank, scaling or kind, or for other layers; nothing was changed.
     """
+    folder = Path(folder).expanduser()
+    tensors = check_adapter(model, folder)
+    state = model.state_dict(keep_vars=True)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for tensor in tensors:
+            _read_into(state[tensor.name], file, tensor.stored)
+
+
+def check_adapter(model: "Ministral3", folder: str | os.PathLike) -> list[_Stored]:
+    """The tensors of an adapter that fits the model, which may be on the meta device; raises as :func:`load_adapter`."""
     check_adapted(model)
     folder = Path(folder).expanduser()
     adapters, others, _ = _read(folder)
@@ -269,9 +279,7 @@ def load_adapter(model: "Ministral3", folder: str | os.PathLike) -> None:
             raise AdapterError(
                 f"{folder}: {tensor.stored} is {list(have)}, the model's is {list(want)}: another base model"
             )
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        for tensor in (*adapters, *others):
-            _read_into(state[tensor.name], file, tensor.stored)
+    return [*adapters, *others]
 
 
 def _read_into(parameter: Tensor, file, stored: str) -> None:

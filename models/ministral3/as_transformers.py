@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,11 @@ from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.models.ministral3.recompute import set_recompute
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.generation.streamers import BaseStreamer
+
+    from m3kernels.models.generation.engine import Run
     from m3kernels.models.ministral3.convert import Report
 
 # where transformers' name differs from that of TextConfig
@@ -201,5 +206,65 @@ class ModelMethods:
             hook.remove()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs) -> dict:
-        """The inputs as they are: PEFT's causal language models want the method; there is no ``generate`` here."""
+        """The inputs as they are: PEFT's causal language models want the method."""
         return {"input_ids": input_ids, **inputs}
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | Sequence | None = None,
+        *,
+        seed: int | None = None,
+        generation_config: "GenerationConfig | None" = None,
+        streamer: "BaseStreamer | None" = None,
+        stream: bool = False,
+        kv_dtype: str | None = None,
+        **options,
+    ) -> "Tensor | GenerateDecoderOnlyOutput | Run":
+        """transformers' ``generate``; inputs, options, result and errors are those of :func:`m3kernels.generate`.
+
+        Under tensor parallelism every rank calls it with the same inputs and the same seed, and gets the same rows.
+
+        Args:
+            generation_config: before that of the checkpoint's folder, where the model was read from one.
+            stream: give :meth:`stream`'s iterator instead.
+            options: transformers' (``max_new_tokens``, ``do_sample``, ``temperature``, ...).
+        """
+        from m3kernels.models.generation.native import call_of, generator_for
+
+        inputs = (input_ids, attention_mask, pixel_values, image_sizes)
+        if stream:
+            if streamer is not None:
+                raise ValueError("give either stream=True, for an iterator, or a streamer, which is called")
+            return self.stream(*inputs, seed=seed, generation_config=generation_config, kv_dtype=kv_dtype, **options)
+        call = call_of(self, inputs, options, generation_config, seed)
+        return call.rows(generator_for(self, kv_dtype), streamer)
+
+    def stream(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | Sequence | None = None,
+        *,
+        seed: int | None = None,
+        generation_config: "GenerationConfig | None" = None,
+        kv_dtype: str | None = None,
+        every: int = 1,
+        **options,
+    ) -> "Run":
+        """:meth:`generate` as an iterator of bursts: of each row the new tokens since the last one.
+
+        End-of-sequence ids are not among them; ``run.stop(row)`` ends a row, ``run.results`` says what came and why it ended.
+
+        Args:
+            every: tokens a row in a burst.
+        """
+        from m3kernels.models.generation.native import call_of, generator_for
+
+        inputs = (input_ids, attention_mask, pixel_values, image_sizes)
+        run = call_of(self, inputs, options, generation_config, seed).bursts(generator_for(self, kv_dtype), every)
+        run.model = self  # the generator alone would not keep it
+        return run

@@ -1,6 +1,7 @@
 """Conversations to token ids, the mask of those that the loss counts, and normalised images."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,7 @@ class Encoder:
         Raises:
             FinetuneError: files that are missing or not Ministral 3's.
         """
-        folder = _folder(checkpoint)
+        folder = tokenizer_folder(checkpoint)
         if backend not in BACKENDS:
             raise FinetuneError(f"backend={backend!r}; allowed: {', '.join(BACKENDS)}")
         if backend == "auto":
@@ -115,8 +116,7 @@ class Encoder:
             BadRecord: what :func:`read_turns` and :func:`open_image` refuse, or a first answer that does not fit.
         """
         turns, tools = read_turns(record, system_prompt=self.system_prompt)
-        images = tuple(localise(image) for turn in turns for image in turn.images)
-        sizes = tuple(self.images.size(*upright_size(image)) for image in images)
+        images, sizes = self.sized(image for turn in turns for image in turn.images)
         encoded = self._encode(turns, tools, images, sizes)
         if seq_length is None or len(encoded.tokens) <= seq_length:
             return encoded
@@ -138,13 +138,20 @@ class Encoder:
 
     def prompt(self, record: dict) -> Encoded:
         """What stands before the last answer; none of it is supervised."""
-        turns, tools = read_turns(record, system_prompt=self.system_prompt)
-        images = tuple(localise(image) for turn in turns for image in turn.images)
-        sizes = tuple(self.images.size(*upright_size(image)) for image in images)
+        return self.prompt_of(*read_turns(record, system_prompt=self.system_prompt))
+
+    def prompt_of(self, turns: tuple[Turn, ...], tools: tuple[dict, ...]) -> Encoded:
+        """What stands before the last answer of checked turns, which end with one."""
+        images, sizes = self.sized(image for turn in turns for image in turn.images)
         tokens, spans = self.chat.encode(turns, tools, sizes)
         # no format writes earlier turns otherwise because of an answer after them
         tokens = np.asarray(tokens[: spans[-1][0]], dtype=np.int64)
         return Encoded(tokens, np.zeros(len(tokens), dtype=bool), images, sizes)
+
+    def sized(self, references: Iterable) -> tuple[tuple, tuple[tuple[int, int], ...]]:
+        """Images, those from the web fetched, and (height, width) of each in pixels after the resize."""
+        images = tuple(localise(reference) for reference in references)
+        return images, tuple(self.images.size(*upright_size(image)) for image in images)
 
     def answer(self, record: dict) -> str:
         """The text of the last assistant turn."""
@@ -191,14 +198,23 @@ class Encoder:
         return best
 
 
-def _folder(checkpoint: str | Path) -> Path:
-    folder = Path(checkpoint)
+def tokenizer_folder(checkpoint: str | Path, *, also: tuple[str, ...] = (), revision: str | None = None) -> Path:
+    """A folder with a checkpoint's tokenizer files: the checkpoint itself, or of a Hub id these files alone.
+
+    Args:
+        also: names of other files to fetch.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        FinetuneError: no such folder, or a Hub id that cannot be fetched.
+    """
+    folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_absolute() or len(folder.parts) != 2:
         raise FinetuneError(f"the checkpoint {checkpoint} is no folder; allowed: a folder, or a Hub id owner/name")
     try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=list(_FILES)))
+        return Path(snapshot_download(str(checkpoint), revision=revision, allow_patterns=[*_FILES, *also]))
     except (OSError, ValueError) as error:
         raise FinetuneError(
             f"the tokenizer of {checkpoint} cannot be fetched ({error}); is the id right, and HF_TOKEN set?"

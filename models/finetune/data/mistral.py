@@ -11,7 +11,7 @@ from m3kernels.models.finetune.data.records import BadRecord, Turn
 try:
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct import messages as chat
-    from mistral_common.protocol.instruct.chunk import ImageURLChunk, TextChunk
+    from mistral_common.protocol.instruct.chunk import ImageURLChunk, TextChunk, ThinkChunk
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.protocol.instruct.tool_calls import Tool, ToolCall
     from mistral_common.protocol.instruct.validator import ValidationMode
@@ -86,6 +86,9 @@ class MistralChat:
     def control(self, token: int) -> str | None:
         return self.tekken.id_to_piece(token) if token < self.tekken.num_special_tokens else None
 
+    def has_control(self, name: str) -> bool:
+        return any(self.control(token) == name for token in range(self.tekken.num_special_tokens))
+
     def _noting(self, encode_message, is_answer: bool):
         def encode(*args, **kwargs):
             made = encode_message(*args, **kwargs)
@@ -106,6 +109,8 @@ def _messages(turns: tuple[Turn, ...]) -> list:
         for part in turn.parts:
             if part["type"] == "text":
                 chunks.append(TextChunk(text=part["text"]))
+            elif part["type"] == "thinking":
+                chunks.append(ThinkChunk(thinking=part["thinking"]))
             else:
                 chunks.append(ImageURLChunk(image_url=str(image)))
                 image += 1

@@ -49,3 +49,6 @@ class PlainText:
 
     def control(self, token: int) -> str | None:
         return self.vocabulary.control(token)
+
+    def has_control(self, name: str) -> bool:
+        return self.vocabulary.has_control(name)

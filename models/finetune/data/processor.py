@@ -60,6 +60,9 @@ class FastTokenizer:
     def control(self, token: int) -> str | None:
         return self._names.get(token)
 
+    def has_control(self, name: str) -> bool:
+        return name in self.specials
+
     def _id(self, kind: str) -> int:
         # a pad token is never trained on nor attended to: the end serves where there is none
         found = getattr(self.tokenizer, f"{kind}_token_id")
@@ -156,7 +159,7 @@ class ProcessorChat(FastTokenizer):
 
     def _message(self, turn: Turn, breaker: str) -> dict:
         content = [{"type": "image"} if part["type"] == "image" else part for part in turn.parts]
-        content = turn.text if not turn.images else content
+        content = content if any(part["type"] != "text" for part in turn.parts) else turn.text
         message = {"role": turn.role, "content": content}
         if turn.tool_calls:
             message["tool_calls"] = list(turn.tool_calls)

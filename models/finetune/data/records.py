@@ -54,6 +54,11 @@ def image_part(image) -> dict:
     return {"type": "image", "image": image}
 
 
+def thinking_part(text: str) -> dict:
+    """What a model thinks before its answer, or how a system prompt shows it to; records have none yet."""
+    return {"type": "thinking", "thinking": text}
+
+
 def question(images, prompt: str, answer: str) -> dict:
     """The record of one answer to images, then a prompt."""
     return {
