@@ -2,6 +2,7 @@
 
 import hf_folders
 import pytest
+import tiny
 import torch
 import tp_jobs
 from hf_folders import save_fp8
@@ -9,12 +10,16 @@ from native import twins
 from pool import run
 from prompts import text_prompts
 
+from m3kernels.cli import main
 from m3kernels.models.generation.engine import Generator
-from m3kernels.models.generation.prompt import Sampling
+from m3kernels.models.generation.loading import check_fp8, find
+from m3kernels.models.generation.loading import load as load_for_generation
+from m3kernels.models.generation.prompt import GenerationError, Sampling
 from m3kernels.models.generation.step import DecodeStep, module_step
 from m3kernels.models.ministral3 import Ministral3, quantize_
 from m3kernels.models.ministral3.cache import FP8, KVCache
 from m3kernels.models.ministral3.layers import Sequences
+from m3kernels.models.ministral3.quantized import quantized_layers
 from m3kernels.models.ministral3.tokens import Tokens
 from m3kernels.parity.core import relative_error
 
@@ -104,6 +109,27 @@ def test_fp8_weights_over_ranks_are_those_of_one_process(tmp_path, scale, quanti
     monkeypatch.setattr(hf_folders, "BLOCK", 16)  # which half of each layer's heads has whole
     for found in run(2, tp_jobs.quantised, str(save_fp8(tmp_path, scale)), quantize):
         assert found["many"] == found["one"] and found["scales equal"] and found["halves"]
+
+
+def test_the_command(capsys):
+    model = load_for_generation(find(tiny.checkpoint()), fp8=True)
+    prompt = tiny.chat().prompt("Say hello.")
+    (answer,) = Generator(model, kv_dtype="fp8").generate([prompt], Sampling(max_new_tokens=8, stop_tokens=(2,)))
+    options = ["--hf-model-path", str(tiny.checkpoint()), "--device", "cpu", "--max-new-tokens", "8"]
+    assert main(["generate", *options, "--prompt", "Say hello.", "--fp8", "--kv-dtype", "fp8"]) == 0
+    assert f"Completion: {tiny.chat().decode(answer.tokens)}" in capsys.readouterr().out
+    with pytest.raises(GenerationError, match="with an adapter over tp=2: .* take tp=1, or save the merged model"):
+        check_fp8(True, "adapter", 2)
+
+
+def test_what_fp8_weights_are_made_of(tmp_path):
+    kept = load_for_generation(find(save_fp8(tmp_path)), fp8=True)
+    assert {layer.weight_scale.dim() for layer in quantized_layers(kept).values()} == {0}
+    merged = load_for_generation(find(tiny.checkpoint(), adapter=tiny.adapter()))
+    prompts, sampling = [tiny.chat().prompt("Say hello.")], Sampling(max_new_tokens=8)
+    wanted = tokens(Generator(quantize_(merged)).generate(prompts, sampling))
+    ours = load_for_generation(find(tiny.checkpoint(), adapter=tiny.adapter()), fp8=True)
+    assert quantized_layers(ours) and tokens(Generator(ours).generate(prompts, sampling)) == wanted
 
 
 def test_fp8_weights_over_ranks_that_cannot_be(tmp_path):

@@ -80,7 +80,7 @@ def test_heads_of_zeros_and_what_is_no_number():
 
 
 @kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
 def test_the_fp8_kernel_is_the_reference(dtype):
     """The interpreter rounds to E4M3 wrongly: there, of numbers that need no rounding."""
     k, v, k_cache, v_cache, rows, at, scales = draw(dtype, fp8=True)
@@ -134,3 +134,20 @@ def test_scales_that_do_not_fit_are_refused():
         kv_write(*inputs, k_scale=scales["k_scale"])
     with pytest.raises(ValueError, match=r"k_scale must be \(3, 3, 12\) fp32, got \(3, 3, 12\) torch.float64"):
         kv_write(*inputs, k_scale=scales["k_scale"].double(), v_scale=scales["v_scale"])
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+def test_a_graph_writes_where_the_device_says():
+    k, v, k_cache, v_cache, rows, at, scales = draw(torch.bfloat16, heads=8, dim=128, fp8=True)
+    kv_write(k, v, k_cache, v_cache, rows, at, **scales)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kv_write(k, v, k_cache, v_cache, rows, at, **scales)
+        at += 1
+    at.copy_(torch.tensor(AT) - 1)
+    at.clamp_(min=0)
+    theirs, their_scales = [k_cache.clone(), v_cache.clone()], {name: s.clone() for name, s in scales.items()}
+    kv_write_reference(k, v, *theirs, rows, at.clone(), **their_scales)
+    graph.replay()
+    assert torch.equal(k_cache.view(torch.uint8), theirs[0].view(torch.uint8))
+    assert torch.equal(scales["v_scale"], their_scales["v_scale"]) and at.tolist() == [4, 1, 1, 5, 11]
