@@ -138,11 +138,12 @@ def test_swiglu(kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("per_block", [False, True])
-def test_fp8_dequantize(per_block, dtype):
+@pytest.mark.parametrize(("per_block", "per_row"), [(False, False), (True, False), (False, True)])
+def test_fp8_dequantize(per_block, per_row, dtype):
     kernel = fp8.fp8_dequantize_kernel
     types = {n: "i32" for n in kernel.arg_names} | {"p_weight": "*fp8e4nv", "p_scale": "*fp32", "p_out": f"*{dtype}"}
     constexprs = {"BLOCK_N": fp8.CONFIG.edge, "BLOCK_K": fp8.CONFIG.edge, "PER_BLOCK": per_block}
+    constexprs["PER_ROW"] = per_row
     report = compile_sm90(kernel, fp8.CONFIG.warps, constexprs, types)
     check(kernel, report, 0)
     # 16 bytes a thread, and the hardware's conversion of two numbers at a time
@@ -342,7 +343,7 @@ def test_kv_write(heads, dim, scaled):
         types |= dict.fromkeys(("p_k_scale", "p_v_scale"), "*fp32")
     constexprs = {"HEADS": heads, "DIM": dim, "BLOCK_HEADS": rms.next_power_of_2(heads)}
     constexprs |= {"BLOCK_DIM": rms.next_power_of_2(dim), "HAS_ROWS": True, "SCALED": scaled}
-    report = compile_sm90(kernel, 4, constexprs | {"SMALLEST": kv_write.SMALLEST}, types)
+    report = compile_sm90(kernel, 4, constexprs | {"SMALLEST": kv_write.SMALLEST_SCALE, "OVERLAP": True}, types)
     check(kernel, report, 0)
     assert not scaled or "cvt.rn.satfinite.e4m3x2.f32" in report["ptx"]
 

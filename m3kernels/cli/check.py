@@ -76,7 +76,7 @@ def _own_model_rows(args: argparse.Namespace, device: str) -> list:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config
 
-    from m3kernels.parity.model import has_fp8, measure_model, text_batch
+    from m3kernels.parity.model import fp8_weight_error, has_fp8, measure_model, text_batch
     from m3kernels.patching.api import transformers_version
 
     config = AutoConfig.from_pretrained(args.model)
@@ -100,6 +100,12 @@ def _own_model_rows(args: argparse.Namespace, device: str) -> list:
     if model.dtype == truth:
         truth = torch.float64
     batch = text_batch(model, device, args.tokens)
+    error = fp8_weight_error(model, batch)
+    name = str(model.dtype).removeprefix("torch.")
+    print(
+        f"FP8 weights (quantize='fp8': text layers, a scale for each output channel, activations in {name}) against {name}: "
+        f"relative error of logits {error.logits:.2e}; the likeliest token stays at {error.same} of {error.tokens}"
+    )
     return measure_model(model, batch, args.model, truth_dtype=truth, gradients=not args.no_gradients, fp8=fp8)
 
 

@@ -29,7 +29,7 @@ def parser_of(prog: str = "m3kernels generate", **options) -> argparse.ArgumentP
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one"
     )
     model.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share each layer, under torchrun")
-    model.add_argument("--fp8", action="store_true", help="hold the weights in FP8 (E4M3)")
+    model.add_argument("--fp8", action="store_true", help="hold the text layers' weights in FP8 (E4M3)")
     model.add_argument("--kv-dtype", choices=("fp8",), help="hold keys and values in FP8")
 
     prompt = parser.add_argument_group("prompt")
@@ -157,6 +157,7 @@ def _generate(args: argparse.Namespace, mesh, first: bool) -> int:
         model = load(
             found,
             dtype=args.dtype and getattr(torch, args.dtype),
+            fp8=args.fp8,
             device=default_device(args.device),
             mesh=mesh,
             progress=output.shows_progress,
@@ -166,6 +167,7 @@ def _generate(args: argparse.Namespace, mesh, first: bool) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from m3kernels.models.generation.loading import check_fp8
     from m3kernels.models.generation.prompt import GenerationError
 
     if (args.prompt is None) == (args.batch_file is None):
@@ -174,8 +176,7 @@ def _check(args: argparse.Namespace) -> None:
         raise GenerationError('--image-path goes with --prompt; lines of --batch-file have {"images": [...]}')
     if args.batch_file is not None and args.stream:
         raise GenerationError("--stream goes with --prompt; answers to a --batch-file are lines of JSON")
-    if args.fp8:
-        raise GenerationError("--fp8 is not there yet: leave it out")
+    check_fp8(args.fp8, args.adapter, args.tp)
     if args.batch_size < 1:
         raise GenerationError(f"--batch-size {args.batch_size}; allowed: 1 and more")
     if args.output is not None:

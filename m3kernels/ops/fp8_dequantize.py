@@ -1,8 +1,8 @@
 """FP8 weights as numbers to multiply with: ``(weight.float() * scale).to(dtype)``.
 
 The weight is E4M3 with one fp32 scale for all of it, as Ministral 3 Instruct ships it (``weight_scale_inv``), or one for each
-block of 128 x 128; the last blocks may be cut off. The product is fp32 and rounded once, as in transformers'
-``Fp8Dequantize``: the result has the same bits. A program handles a tile that lies in one block and so has one scale.
+block, of 128 x 128 as a rule, or of one row; the last blocks may be cut off. The product is fp32 and rounded once, as in
+transformers' ``Fp8Dequantize``: the result has the same bits. A program handles a tile of one block, or of whole rows' scales.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ from m3kernels.ops._common import cdiv, launch, use_triton
 from m3kernels.ops._triton import tl, triton
 
 FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+# keeps a row of zeros from dividing by zero
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # what an op that takes a block's sizes as integers is given where one scale is for all
 WHOLE = -1
 
@@ -43,6 +46,7 @@ def fp8_dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PER_BLOCK: tl.constexpr,
+    PER_ROW: tl.constexpr,
 ):
     # neighbouring programs work on neighbouring memory
     tiles = tl.cdiv(width, BLOCK_K)
@@ -50,8 +54,11 @@ def fp8_dequantize_kernel(
     n, k = (pid // tiles) * BLOCK_N, (pid % tiles) * BLOCK_K
     if PER_BLOCK:
         p_scale += (n // block_rows) * scale_stride + k // block_columns
-    scale = tl.load(p_scale)
     o_n, o_k = n + tl.arange(0, BLOCK_N)[:, None], k + tl.arange(0, BLOCK_K)[None, :]
+    if PER_ROW:
+        scale = tl.load(p_scale + o_n * scale_stride, mask=o_n < rows, other=0.0)
+    else:
+        scale = tl.load(p_scale)
     mask = (o_n < rows) & (o_k < width)
     b_weight = tl.load(p_weight + o_n * weight_stride + o_k, mask=mask, other=0.0).to(tl.float32)
     tl.store(p_out + o_n * width + o_k, (b_weight * scale).to(p_out.dtype.element_ty), mask=mask)
@@ -67,16 +74,22 @@ def _dequantize(weight: Tensor, scale: Tensor, block_rows: int, block_columns: i
     if out.numel() == 0:
         return out
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    per_block = block_rows != WHOLE
+    # a block of one row has the row's scale for as long as the row is
+    per_row = block_rows == 1 and block_columns >= weight.shape[1]
+    per_block = block_rows != WHOLE and not per_row
     scale = scale.contiguous() if per_block else scale
     edges = (_tile(block_rows), _tile(block_columns)) if per_block else (CONFIG.edge, CONFIG.edge)
     launch(
         "fp8_dequantize",
         fp8_dequantize_kernel,
         (cdiv(weight.shape[0], edges[0]) * cdiv(weight.shape[1], edges[1]),),
-        *(weight, scale, out, weight.stride(0), scale.stride(0) if per_block else 0),
+        *(weight, scale, out, weight.stride(0), scale.stride(0) if scale.dim() == 2 else 0),
         *(*weight.shape, block_rows, block_columns),
-        **{"BLOCK_N": edges[0], "BLOCK_K": edges[1], "PER_BLOCK": per_block, "num_warps": CONFIG.warps},
+        BLOCK_N=edges[0],
+        BLOCK_K=edges[1],
+        PER_BLOCK=per_block,
+        PER_ROW=per_row,
+        num_warps=CONFIG.warps,
     )
     return out
 
@@ -138,6 +151,16 @@ def fp8_dequantize(
         return fp8_dequantize_reference(weight, scale, block_size, dtype)
     run = torch.ops.m3kernels.fp8_dequantize if torch.compiler.is_compiling() else _dequantize
     return run(weight, scale, *(block_size or (WHOLE, WHOLE)), dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., K) in E4M3, and scales (...) in fp32, by each row's largest value: max |x| / 448.
+
+    A number is within 2^-4 of itself, or within 2^-10 scales where it is below 2^-6 of them.
+    """
+    x = x.float()
+    scale = (x.abs().amax(dim=-1) / FP8_MAX).clamp(min=SMALLEST_SCALE)
+    return (x / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def fp32_scale(scale: Tensor) -> Tensor:

@@ -9,13 +9,9 @@ within 2^-4 of itself, or 2^-10 of the scale where it is smaller than 2^-6 scale
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import launch, next_power_of_2, use_triton
+from m3kernels.ops._common import launch, next_power_of_2, overlap_meta, use_triton
 from m3kernels.ops._triton import INTERPRET, tl, triton
-from m3kernels.ops.fp8_dequantize import FP8
-
-FP8_MAX = torch.finfo(FP8).max
-# keeps a head of zeros from dividing by zero
-SMALLEST = torch.finfo(torch.float32).tiny
+from m3kernels.ops.fp8_dequantize import FP8, SMALLEST_SCALE, quantize_rows
 
 
 @triton.jit
@@ -68,7 +64,11 @@ def kv_write_kernel(
     HAS_ROWS: tl.constexpr,
     SCALED: tl.constexpr,
     SMALLEST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     row, at = token, tl.load(p_at + token).to(tl.int64)
     if HAS_ROWS:
@@ -94,13 +94,6 @@ def kv_write_kernel(
         )
 
 
-def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., K) in E4M3, and its scales (...) in fp32: each token's head by its largest value."""
-    x = x.float()
-    scale = (x.abs().amax(dim=-1) / FP8_MAX).clamp(min=SMALLEST)
-    return (x / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
-
-
 @torch.no_grad()
 def kv_write_reference(
     k: Tensor,
@@ -120,7 +113,7 @@ def kv_write_reference(
     for new, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         new = new[kept]
         if scales is not None:
-            new, scales[rows, :, at] = quantize_heads(new)
+            new, scales[rows, :, at] = quantize_rows(new)
         cache[rows, :, at] = new.to(cache.dtype)
 
 
@@ -230,7 +223,8 @@ def _launch(
         BLOCK_DIM=next_power_of_2(dim),
         HAS_ROWS=rows is not None,
         SCALED=k_scale is not None,
-        SMALLEST=SMALLEST,
+        SMALLEST=SMALLEST_SCALE,
+        **overlap_meta(k.device),
         num_warps=4,
     )
 

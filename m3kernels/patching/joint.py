@@ -24,6 +24,8 @@ def lay_side_by_side(*layers: nn.Linear) -> None:
     kinds = {(w.dtype, w.device, w.shape[1:]) for w in weights}
     if len(kinds) > 1 or not all(map(is_plain, weights)) or weights[0].is_meta or _whole(weights) is not None:
         return
+    if weights[0].dtype.itemsize < 2:  # each has scales of its own
+        return
     whole = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, whole.split([w.shape[0] for w in weights])):
         weight.data = _with_own_storage(part)

@@ -17,6 +17,7 @@ from m3kernels.models.ministral3.adapter_files import CONFIG, check_adapter
 from m3kernels.models.ministral3.adapters import adapter_of, add_adapters, load_adapter, merge_adapters
 from m3kernels.models.ministral3.files import CheckpointError, locate, read_json
 from m3kernels.models.ministral3.layout import find_native
+from m3kernels.models.ministral3.quantized import quantize_
 from m3kernels.models.ministral3.sharding import check as check_split
 from m3kernels.models.ministral3.weights import Checkpoint, check_architecture
 
@@ -95,6 +96,7 @@ def load(
     found: Found,
     *,
     dtype: torch.dtype | None = None,
+    fp8: bool = False,
     device: str | torch.device = "cpu",
     mesh: DeviceMesh | None = None,
     progress: bool = False,
@@ -102,10 +104,16 @@ def load(
     """The model in eval mode, frozen, with its adapter merged and m3kernels' kernels in it.
 
     Args:
-        dtype: of the parameters; the checkpoint's own by default. FP8 weights are dequantised.
+        dtype: of the parameters; the checkpoint's own by default. FP8 weights are dequantised but with ``fp8``.
+        fp8: hold the text layers' weights in FP8: an FP8 checkpoint's as it has them, others with a scale for each output
+            channel, and so any that an adapter is merged into, which takes the memory of ``dtype`` meanwhile.
         mesh: ("dp", "tp") with dp 1; each rank reads its own part alone.
         progress: whether to show a bar.
+
+    Raises:
+        GenerationError: ``fp8`` with an adapter over a mesh.
     """
+    check_fp8(fp8, found.adapter, 1 if mesh is None else mesh["tp"].size())
 
     def prepare(model: Ministral3) -> None:
         if found.adapter is not None:
@@ -114,13 +122,26 @@ def load(
 
     pad = 1 if mesh is None else mesh["tp"].size()
     options = {"dtype": dtype, "device": device, "mesh": mesh, "pad_vocab_to": pad, "progress": progress}
+    if fp8 and found.adapter is None:
+        options["quantize"] = "keep" if Checkpoint.open(found.folder).is_fp8 else "fp8"
     model = Ministral3.from_pretrained(found.folder, prepare=prepare, **options)
     if found.adapter is not None:
         load_adapter(model, found.adapter)
         merge_adapters(model)
+        if fp8:
+            quantize_(model)
         # the layers that were adapted have classes of their own again
         m3kernels.patch(model)
     return model.requires_grad_(False)
+
+
+def check_fp8(fp8: bool, adapter: str | os.PathLike | None, tp: int) -> None:
+    """Raises GenerationError for what goes with FP8 weights on one rank alone."""
+    if fp8 and adapter is not None and tp > 1:
+        raise GenerationError(
+            f"FP8 weights with an adapter over tp={tp}: weights are quantised after an adapter is merged into them, whole; "
+            "take tp=1, or save the merged model first (merge_adapters(model), model.save_pretrained(folder))"
+        )
 
 
 def default_device(kind: str = "auto") -> torch.device:

@@ -127,7 +127,9 @@ class DecodeStep:
             slots=positions_B if plain else None,
             scales=(layer.q.scale, layer.k.scale, layer.v.scale),
         )
-        options = {"window": self.text.sliding_window}
+        if not plain:
+            held.write(k_BGK, v_BGK, None, positions_B)
+        options = {"window": self.text.sliding_window, "k_scale": held.key_scales, "v_scale": held.value_scales}
         out_BHK = attention_decode(q_BHK[:, :, None], held.keys, held.values, filled_B, **options)[:, :, 0]
         return self.project(out_BHK.flatten(1), layer.o, x_BD)
 
@@ -156,6 +158,8 @@ def why_not_fused(model: Ministral3) -> str:
     for module in body.modules():
         if getattr(module, "lora_A", None) is not None:
             return "it has adapters: merge_adapters(model) puts them into the weights"
+        if getattr(module, "block_size", None) is not None:
+            return "its FP8 weights have a scale for each block: quantize='fp8' makes one for each row"
         if has_hooks(module):
             return f"{type(module).__name__} has hooks"
     if not is_silu(body.layers[0].mlp.act_fn):

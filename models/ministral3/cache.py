@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from m3kernels.ops import kv_write
+
 GROWS_BY = 256
 FP8 = torch.float8_e4m3fn
-_FP8_MAX = torch.finfo(FP8).max
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class LayerCache:
         pair = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
         scales = [torch.zeros(shape[:3], device=device) for _ in range(2)] if dtype == FP8 else []
         return cls(*pair, *scales)
+
+    def write(self, k_TGK: Tensor, v_TGK: Tensor, row_T: Tensor | None, at_T: Tensor) -> None:
+        """Keys and values of tokens to their rows (None: token i is row i's) and places, on the device."""
+        dtype = self.keys.dtype
+        if self.key_scales is None and k_TGK.dtype != dtype:
+            k_TGK, v_TGK = k_TGK.to(dtype), v_TGK.to(dtype)
+        scales = {"k_scale": self.key_scales, "v_scale": self.value_scales}
+        kv_write(k_TGK, v_TGK, self.keys, self.values, row_T, at_T, **scales)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -98,12 +107,9 @@ class KVCache:
             shape = (len(self.lengths), k_TGK.shape[1], self.room, k_TGK.shape[2])
             self._layers[layer] = LayerCache.empty(shape, self.dtype or k_TGK.dtype, k_TGK.device)
         held, (row_T, at_T) = self._layers[layer], self._slots
-        pairs = zip((held.keys, held.values), (held.key_scales, held.value_scales), (k_TGK, v_TGK))
-        for memory, scales, new_TGK in pairs:
-            new_TGK = new_TGK[: len(row_T)].detach()
-            if scales is not None:
-                new_TGK, scales[row_T, :, at_T] = quantize(new_TGK)
-            memory[row_T, :, at_T] = new_TGK.to(memory.dtype)
+        # padding comes last
+        k_TGK, v_TGK = (x[: len(row_T)].detach() for x in (k_TGK, v_TGK))
+        held.write(k_TGK, v_TGK, row_T, at_T)
 
     def read(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(keys, values), each (batch, G, room, K) in ``dtype``; of an E4M3 cache as long as the longest sequence."""
@@ -143,12 +149,6 @@ class KVCache:
                     mine[rows, :, :count] = other[from_rows, :, :count]
         for row, length in zip(rows, lengths):
             self.lengths[row] = length
-
-
-def quantize(x_TGK: Tensor) -> tuple[Tensor, Tensor]:
-    """(E4M3, fp32 scales (T, G)): each token's head by its largest value."""
-    scale_TG = (x_TGK.abs().amax(dim=-1).float() / _FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x_TGK.float() / scale_TG[..., None]).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale_TG
 
 
 def _longer(x: Tensor, room: int) -> Tensor:

@@ -7,6 +7,7 @@ from m3kernels.models.ministral3.adapters import adapter_parameters, reset_adapt
 from m3kernels.models.ministral3.export import read_as
 from m3kernels.models.ministral3.files import bar
 from m3kernels.models.ministral3.merging import is_adapter
+from m3kernels.models.ministral3.quantized import quantized_layers, read_quantized
 from m3kernels.models.ministral3.shards import local_slices, part_of
 from m3kernels.models.ministral3.weights import Checkpoint
 from m3kernels.patching.rules import prepare
@@ -22,6 +23,8 @@ def load(
     progress: bool = False,
 ) -> None:
     """Gives every parameter its tensor, one after the other; of a DTensor only this rank's part is read.
+
+    A layer in FP8 (``quantized.prepare_quantized``) gets its tensor as that.
 
     Adapters are not in a checkpoint: those of a model on meta are reset with seed 0, others stay as they are.
 
@@ -39,10 +42,15 @@ def load(
         to_empty(model, torch.device(device))
         prepare(model)
     parameters = {name: p for name, p in model.named_parameters() if not is_adapter(name)}
+    quantized = quantized_layers(model)
     total = sum(part_of(p).nbytes for p in parameters.values())
     with bar("load", total, progress) as advance:
         for name, parameter in parameters.items():
             part = part_of(parameter)
+            if layer := quantized.get(name.removesuffix(".weight")):
+                read_quantized(layer, checkpoint, name)
+                advance(part.nbytes)
+                continue
             read = read_as(checkpoint, name, part.dtype, local_slices(parameter))
             # the file has no rows for the vocabulary's padding
             part[: len(read)].copy_(read)

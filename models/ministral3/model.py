@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,7 @@ class Ministral3(ModelMethods, nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
         mesh: DeviceMesh | None = None,
+        quantize: Literal["fp8", "keep"] | None = None,
         prepare: Callable[["Ministral3"], object] | None = None,
         pad_vocab_to: int = 1,
         progress: bool = False,
@@ -132,9 +134,12 @@ class Ministral3(ModelMethods, nn.Module):
         """Reads a Hugging Face checkpoint, or a native one: a local folder or a Hub id, in eval mode.
 
         Args:
-            dtype: of the parameters; the checkpoint's own by default. FP8 weights are dequantised.
+            dtype: of the parameters; the checkpoint's own by default. FP8 weights are dequantised but by ``quantize``.
             device: where the parameters go, one after the other.
             mesh: shards the model before a weight is read; each rank then reads its own part alone.
+            quantize: for generation, the decoder layers' weights in FP8, their activations as they are: "fp8" makes a scale for
+                each output channel, of any checkpoint; "keep" takes an FP8 checkpoint's own weights and scales (what it has
+                as ``activation_scale`` is not used). Memory stays near the FP8 size.
             prepare: is called with the model before that, while it is on the meta device: to freeze it, to add adapters or
                 to patch it.
             pad_vocab_to: embedding and head get rows of zeros up to a multiple of this, for a ``mesh`` whose tensor
@@ -145,8 +150,10 @@ class Ministral3(ModelMethods, nn.Module):
         Raises:
             CheckpointError: nothing is there, or tensors are missing, in excess, misshapen or unreadable.
             ConfigError: the config asks for what this model does not compute.
+            QuantizationError: ``quantize`` is another, or does not go with the checkpoint or the mesh.
         """
         from m3kernels.models.ministral3.loading import load
+        from m3kernels.models.ministral3.quantized import prepare_quantized
         from m3kernels.models.ministral3.weights import Checkpoint
 
         checkpoint = Checkpoint.open(source, revision=revision, token=token)
@@ -154,6 +161,8 @@ class Ministral3(ModelMethods, nn.Module):
         config = Config.from_hf(checkpoint.config, tied=checkpoint.tied, pad_vocab_to=pad_vocab_to)
         with torch.device("meta"):
             model = cls(config).to(dtype or checkpoint.float_dtype)
+        if quantize is not None:
+            prepare_quantized(model, checkpoint, quantize, mesh)
         if prepare is not None:
             prepare(model)
         if mesh is not None:

@@ -35,6 +35,11 @@ class StateDict:
         # a state dict's adapters stay tensors by name: what they count is not in it
         self._scalings: dict[str, float] = {}
         if isinstance(state, nn.Module):
+            if any(getattr(module, "is_quantized_linear", False) for module in state.modules()):
+                raise CheckpointError(
+                    "the model's weights are in FP8 for generation and are not saved: load it without quantize= and save "
+                    "that, or keep the checkpoint it came from"
+                )
             layers = ((n, m) for n, m in state.named_modules() if getattr(m, "is_adapted_linear", False))
             self._scalings = {f"{name}.weight": layer.scaling for name, layer in layers}
             state = state.state_dict()

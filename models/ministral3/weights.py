@@ -231,6 +231,14 @@ class Checkpoint:
         """Shape of a tensor by runtime name."""
         return self._find(name).entry.shape
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Dtype in the file."""
+        return DTYPES[self._find(name).entry.dtype]
+
+    def scale_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an FP8 weight's scales in the file."""
+        return self.scales[name + "_scale_inv"].entry.shape
+
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which ``read`` gives a tensor by default: an FP8 weight's is ``float_dtype``."""
         dtype = DTYPES[self._find(name).entry.dtype]
@@ -251,12 +259,8 @@ class Checkpoint:
         Raises:
             CheckpointError: no such name; an index that is no tuple of such slices; the file cannot be read.
         """
-        stored = self._find(name)
+        stored, ranges = self._find(name), self._ranges(name, index)
         shape = stored.entry.shape
-        index = () if index is None else index
-        if len(index) > len(shape) or any(not isinstance(i, slice) or i.step not in (None, 1) for i in index):
-            raise CheckpointError(f"{name} {list(shape)}: index {index} is no tuple of slices of step 1")
-        ranges = [range(*i.indices(size)) for i, size in zip(index, shape)]
         dtype = dtype or self.dtype(name)
         if not all(ranges):
             # a rank of an uneven sharding; safetensors refuses empty slices
@@ -268,9 +272,24 @@ class Checkpoint:
         scale = self._load(self.scales[name + "_scale_inv"])
         return fp8.dequantize(tensor, fp8.spread(scale, self.block, rows, columns), dtype)
 
+    def read_fp8(self, name: str, index: tuple[slice, ...] | None = None) -> tuple[Tensor, Tensor]:
+        """An FP8 weight, or ``weight[index]`` of it, as it is stored, and its scales in fp32: (), or of the blocks it has."""
+        ranges = self._ranges(name, index)
+        weight = self._load(self._find(name), tuple(slice(r.start, r.stop) for r in ranges))
+        scale = self._load(self.scales[name + "_scale_inv"]).float()
+        if scale.numel() == 1:
+            return weight, scale.reshape(())
+        return weight, scale[tuple(slice(r.start // b, -(-r.stop // b)) for r, b in zip(ranges, self.block))]
+
     def read_scale(self, name: str) -> Tensor:
         """An FP8 scale by runtime name, as it is stored."""
         return self._load(self.scales[name])
+
+    def _ranges(self, name: str, index: tuple[slice, ...] | None) -> list[range]:
+        shape, index = self.shape(name), index or ()
+        if len(index) > len(shape) or any(not isinstance(i, slice) or i.step not in (None, 1) for i in index):
+            raise CheckpointError(f"{name} {list(shape)}: index {index} is no tuple of slices of step 1")
+        return [range(*i.indices(size)) for i, size in zip(index, shape)]
 
     def _find(self, name: str) -> Stored:
         try:

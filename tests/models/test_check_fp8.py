@@ -1,13 +1,17 @@
 """``m3kernels check --model`` on an FP8 checkpoint: its layers in FP8, patched, against the same weights dequantised."""
 
 import argparse
+import re
 
 import pytest
 import torch
-from hf_folders import save_fp8
+from hf_folders import save, save_fp8
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from m3kernels.cli import check, main
+from m3kernels.models.ministral3 import Ministral3
+from m3kernels.parity import model as parity
+from m3kernels.parity.core import relative_error
 from m3kernels.patching import fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,3 +52,30 @@ def test_the_command_says_where_transformers_dequantises(tmp_path, capsys):
     assert main(["check", *given, "--no-gradients"]) == 0
     said = capsys.readouterr().out
     assert "FP8 layers are not checked" in said and "0 failed" in said
+
+
+@torch.no_grad()
+def test_the_error_of_fp8_weights_is_printed(tmp_path, capsys):
+    folder = save(tmp_path)
+    rows_of(folder, "--dtype", "float32", "--no-gradients")
+    said = re.search(
+        r"activations in float32\) .* logits (\S+); the likeliest token stays at (\d+) of 40", capsys.readouterr().out
+    )
+    ids = parity.text_batch(Ministral3.from_pretrained(folder), DEVICE, 40)["input_ids"]
+    plain, fp8_weights = (
+        Ministral3.from_pretrained(folder, dtype=torch.float32, device=DEVICE, quantize=quantize)(ids).logits[0]
+        for quantize in (None, "fp8")
+    )
+    assert float(said[1]) == pytest.approx(relative_error(fp8_weights, plain.double()), rel=0.01)
+    assert int(said[2]) == (fp8_weights.argmax(-1) == plain.argmax(-1)).sum()
+
+
+def test_wrong_scales_show_in_the_error_of_fp8_weights(monkeypatch):
+    model, batch = parity.tiny_model(), parity.tiny_batch("cpu")
+    before = parity.run_once(model, batch, gradients=False)["logits"]
+    right, quantize = parity.fp8_weight_error(model, batch), parity.quantize_rows
+    assert 1e-3 < right.logits < 0.3 and 0 < right.same <= right.tokens == 52
+    assert torch.equal(parity.run_once(model, batch, gradients=False)["logits"], before)
+    monkeypatch.setattr(parity, "quantize_rows", lambda weight: (quantize(weight)[0], quantize(weight)[1].roll(1)))
+    wrong = parity.fp8_weight_error(model, batch)
+    assert wrong.logits > 2 * right.logits and wrong.same < right.same

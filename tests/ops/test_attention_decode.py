@@ -8,7 +8,7 @@ import torch
 from m3kernels.ops._common import use_triton
 from m3kernels.ops.attention import attention
 from m3kernels.ops.attention_decode import attention_decode, attention_decode_reference, splits_for
-from m3kernels.ops.kv_write import quantize_heads
+from m3kernels.ops.fp8_dequantize import quantize_rows
 from m3kernels.parity.core import allowed_error, poisoned_allocations, relative_error
 
 decode = importlib.import_module("m3kernels.ops.attention_decode")
@@ -118,7 +118,7 @@ def in_fp8(inputs):
     for name, cache, size in (("k_scale", k, 3.0), ("v_scale", v, 0.01)):
         # tokens of different sizes, whose scales then differ
         by_token = torch.linspace(0.5, 2.0, k.shape[2], device=DEVICE)[:, None]
-        eights, scale = quantize_heads(cache.masked_fill(behind[..., None], 1.0) * by_token * size)
+        eights, scale = quantize_rows(cache.masked_fill(behind[..., None], 1.0) * by_token * size)
         numbers.append(eights.double() * scale.double()[..., None])
         eights.view(torch.uint8)[behind] = 0x7F
         caches.append(eights)

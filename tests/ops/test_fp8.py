@@ -36,7 +36,14 @@ def test_every_number(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "block_size"),
-    [((48, 84), None), ((256, 384), (128, 128)), ((130, 300), (128, 128)), ((48, 84), (16, 12)), ((9, 35), (3, 7))],
+    [
+        ((48, 84), None),
+        ((256, 384), (128, 128)),
+        ((130, 300), (128, 128)),
+        ((48, 84), (16, 12)),
+        ((9, 35), (3, 7)),
+        ((130, 300), (1, 300)),
+    ],
 )
 def test_the_bits_are_those_of_transformers(shape, block_size, dtype):
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")

@@ -6,7 +6,7 @@ import torch
 from m3kernels.ops import kv_write, kv_write_reference
 from m3kernels.ops._common import use_triton
 from m3kernels.ops._triton import INTERPRET
-from m3kernels.ops.kv_write import quantize_heads
+from m3kernels.ops.fp8_dequantize import quantize_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
@@ -74,18 +74,18 @@ def test_fp8_is_within_its_bounds():
 
 
 def test_heads_of_zeros_and_what_is_no_number():
-    eights, scale = quantize_heads(torch.tensor([[0.0, 0.0], [float("nan"), 1.0]]))
+    eights, scale = quantize_rows(torch.tensor([[0.0, 0.0], [float("nan"), 1.0]]))
     assert eights[0].float().tolist() == [0.0, 0.0] and 0 < scale[0] < 1e-30
     assert eights[1].float().isnan().any()
 
 
 @kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
 def test_the_fp8_kernel_is_the_reference(dtype):
     """The interpreter rounds to E4M3 wrongly: there, of numbers that need no rounding."""
     k, v, k_cache, v_cache, rows, at, scales = draw(dtype, fp8=True)
     if INTERPRET:
-        k, v = (quantize_heads(x)[0].to(dtype) * 0.5 for x in (k, v))
+        k, v = (quantize_rows(x)[0].to(dtype) * 0.5 for x in (k, v))
     theirs = [k_cache.clone(), v_cache.clone()]
     their_scales = {name: scale.clone() for name, scale in scales.items()}
     kv_write(k, v, k_cache, v_cache, rows, at, **scales, backend="triton")
@@ -134,3 +134,20 @@ def test_scales_that_do_not_fit_are_refused():
         kv_write(*inputs, k_scale=scales["k_scale"])
     with pytest.raises(ValueError, match=r"k_scale must be \(3, 3, 12\) fp32, got \(3, 3, 12\) torch.float64"):
         kv_write(*inputs, k_scale=scales["k_scale"].double(), v_scale=scales["v_scale"])
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+def test_a_graph_writes_where_the_device_says():
+    k, v, k_cache, v_cache, rows, at, scales = draw(torch.bfloat16, heads=8, dim=128, fp8=True)
+    kv_write(k, v, k_cache, v_cache, rows, at, **scales)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kv_write(k, v, k_cache, v_cache, rows, at, **scales)
+        at += 1
+    at.copy_(torch.tensor(AT) - 1)
+    at.clamp_(min=0)
+    theirs, their_scales = [k_cache.clone(), v_cache.clone()], {name: s.clone() for name, s in scales.items()}
+    kv_write_reference(k, v, *theirs, rows, at.clone(), **their_scales)
+    graph.replay()
+    assert torch.equal(k_cache.view(torch.uint8), theirs[0].view(torch.uint8))
+    assert torch.equal(scales["v_scale"], their_scales["v_scale"]) and at.tolist() == [4, 1, 1, 5, 11]

@@ -2,11 +2,14 @@
 
 import copy
 from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from m3kernels.ops.fp8_dequantize import FP8
+from m3kernels.ops import fp8_linear
+from m3kernels.ops.fp8_dequantize import FP8, quantize_rows
 from m3kernels.parity.core import Row, allowed_error, relative_error
 from m3kernels.patching import is_patched, patch, unpatch
 
@@ -146,6 +149,48 @@ def run_once(model: nn.Module, batch: dict[str, Tensor], gradients: bool = True)
 
 def has_fp8(model: nn.Module) -> bool:
     return any(p.dtype == FP8 for p in model.parameters())
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """What FP8 weights change.
+
+    Attributes:
+        logits: relative Frobenius error against the same model without.
+        same: tokens whose likeliest successor stays the same, out of ``tokens``.
+    """
+
+    logits: float
+    same: int
+    tokens: int
+
+
+@torch.no_grad()
+def fp8_weight_error(model: nn.Module, batch: dict[str, Tensor]) -> WeightError:
+    """The text layers' weights in E4M3 with a scale for each output channel (W8A16), against the model as it is.
+
+    Each layer is quantised anew when it is called: no second set of weights is kept, and the model is left as it was.
+    """
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and ".layers." in name and "vision_tower" not in name
+    ]
+    exact = run_once(model, batch, gradients=False)["logits"]
+    for layer in layers:
+        layer.forward = partial(_in_fp8, layer)
+    try:
+        ours = run_once(model, batch, gradients=False)["logits"]
+    finally:
+        for layer in layers:
+            del layer.forward
+    same = (ours.argmax(-1) == exact.argmax(-1)).sum()
+    return WeightError(relative_error(ours, exact.double()), int(same), exact[..., 0].numel())
+
+
+def _in_fp8(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight, scale = quantize_rows(layer.weight)
+    return fp8_linear(x, weight, scale[:, None], layer.bias, block_size=(1, weight.shape[1]))
 
 
 def measure_model(
