@@ -203,7 +203,8 @@ def patch(
     Only this instance changes: its modules get subclasses of their own classes. Saving, loading, PEFT, Trainer, generate,
     gradient checkpointing and ``torch.compile`` work as before. On CUDA the Triton kernels run, elsewhere the plain
     PyTorch references (the report says which), and so they do in inference that ``torch.compile`` traces, where Inductor
-    fuses them. Patching twice changes nothing more. Patch before ``fully_shard``.
+    fuses them. Where nothing records gradients, layers of a Hugging Face model take up to 16 tokens a row and 64 in all by
+    the decode ops, compiled or not. Patching twice changes nothing more. Patch before ``fully_shard``.
 
     Args:
         model: ``Ministral3ForCausalLM``, ``Mistral3ForConditionalGeneration``, one of their inner models or heads, or

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from m3kernels.models.generation.prompt import GenerationError
 from m3kernels.models.ministral3 import Config, Ministral3
 from m3kernels.models.ministral3.adapted import AdaptedLinear
-from m3kernels.patching import patch
+from m3kernels.models.ministral3.quantized import QuantizedLinear
+from m3kernels.patching import fp8, patch
 from m3kernels.patching.adapters import DORA, is_adapted
 from m3kernels.patching.api import PatchError, _check_root, unwrap
 from m3kernels.patching.classes import is_plain
@@ -23,6 +24,7 @@ KNOWN = (
     *("torch.nn.modules.linear.Linear", "torch.nn.modules.sparse.Embedding", "torch.nn.modules.conv.Conv2d"),
     *("torch.nn.modules.container.", "torch.nn.modules.activation.", "transformers.activations."),
     *("torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.Dropout"),
+    ".".join(fp8.LAYER),
     *(f"transformers.models.{name}.modeling_{name}." for name in ("ministral3", "mistral3", "pixtral")),
     *(
         "peft.tuners.lora.layer.Linear",
@@ -45,14 +47,23 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Part:
-    """A module's own parameters and what PEFT adds to it."""
+    """A module's own parameters and what PEFT adds to it.
+
+    Attributes:
+        scale: fp32, of an E4M3 weight: one, or one for each block.
+        block_size: rows and columns of a block; None where there are no blocks.
+    """
 
     parameters: dict[str, nn.Parameter]
     adapter: Adapter | None = None
+    scale: Tensor | None = None
+    block_size: tuple[int, int] | None = None
 
     @property
     def tensors(self) -> Iterator[Tensor]:
         yield from self.parameters.values()
+        if self.scale is not None:
+            yield self.scale
         if self.adapter is not None:
             yield from (t for t in (self.adapter.A, self.adapter.B, self.adapter.magnitude) if t is not None)
 
@@ -87,7 +98,7 @@ class Source:
     @property
     def fingerprint(self) -> tuple:
         """Differs where a shell would have to be made anew: exchanged, moved or cast weights, other adapters."""
-        tensors = tuple((id(t), t.data_ptr(), t.dtype, t.shape) for part in self.parts.values() for t in part.tensors)
+        tensors = tuple((t.data_ptr(), t.dtype, t.shape) for part in self.parts.values() for t in part.tensors)
         scalings = tuple((name, part.adapter.scaling) for name, part in self.parts.items() if part.adapter is not None)
         text = getattr(self.model.config, "text_config", self.model.config)
         return tensors, scalings, text.sliding_window
@@ -109,7 +120,7 @@ class Source:
                 f"the model has other layers than its config says: {', '.join(sorted(differing)[:3])}"
             )
         for name, part in self.parts.items():
-            _fill(name, modules[name], part)
+            _fill(shell, name, modules[name], part)
         patch(shell)
         return shell.eval()
 
@@ -181,16 +192,17 @@ def _part(name: str, module: nn.Module) -> Part | None:
             raise GenerationError(f"{name} has several active copies (modules_to_save): set one adapter")
         module = module.original_module if not active else module.modules_to_save[active[0]]
     if not is_adapted(module):
-        return _plain(module)
+        return _plain(name, module)
     active = (
         [] if module.disable_adapters or module.merged else [a for a in module.active_adapters if a in module.lora_A]
     )
     if module.disable_adapters and module.merged:
         raise GenerationError(f"{name}: adapters are merged and disabled at once: unmerge_adapter() first")
-    plain = _plain(module.base_layer)
+    plain = _plain(name, module.base_layer)
     if not active:
         return plain
-    if reason := _why_no_adapter(name, module, active):
+    reason = "an adapter over FP8 weights" if plain.scale is not None else _why_no_adapter(name, module, active)
+    if reason:
         raise GenerationError(
             f"{name}: {reason}; merge the adapters (merge_adapter(), merge_and_unload()) first, or {INSTEAD}"
         )
@@ -200,7 +212,15 @@ def _part(name: str, module: nn.Module) -> Part | None:
     return Part(plain.parameters, Adapter(A, B, magnitude, float(module.scaling[key])))
 
 
-def _plain(module: nn.Module) -> Part:
+def _plain(name: str, module: nn.Module) -> Part:
+    if fp8.is_fp8_linear(module):
+        reason = fp8.why_not(module) or (
+            "" if module.weight_scale_inv.dtype == torch.float32 else "scales are not fp32"
+        )
+        if reason or module.bias is not None:
+            raise GenerationError(f"{name}, an FP8 layer: {reason or 'it has a bias'}: {INSTEAD}")
+        scale, block = module.weight_scale_inv.detach(), fp8.block_size(module)
+        return Part({"weight": module.weight}, scale=scale.reshape(()) if block is None else scale, block_size=block)
     return Part({name: parameter for name, parameter in module._parameters.items() if parameter is not None})
 
 
@@ -243,7 +263,7 @@ def _check_tensors(parts: dict[str, Part]) -> None:
         raise GenerationError(
             f"weights are on {', '.join(sorted(devices))}; the fast path takes one device: model.to(device)"
         )
-    dtypes = {parameter.dtype for part in parts.values() for parameter in part.parameters.values()}
+    dtypes = {p.dtype for part in parts.values() for p in part.parameters.values() if part.scale is None}
     if len(dtypes) > 1:
         named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise GenerationError(f"weights are in {named}; the fast path takes one dtype: model.to(torch.bfloat16)")
@@ -259,7 +279,7 @@ def _check_mode(base: nn.Module) -> None:
         )
 
 
-def _fill(name: str, module: nn.Module, part: Part) -> None:
+def _fill(shell: Ministral3, name: str, module: nn.Module, part: Part) -> None:
     """Gives a shell's module the parameters of its twin."""
     if set(part.parameters) != {key for key, value in module._parameters.items() if value is not None}:
         raise GenerationError(
@@ -269,7 +289,10 @@ def _fill(name: str, module: nn.Module, part: Part) -> None:
         if parameter.shape != module._parameters[key].shape:
             wanted = tuple(module._parameters[key].shape)
             raise GenerationError(f"{name}.{key} is {tuple(parameter.shape)}, by the model's config {wanted}")
-        module._parameters[key] = parameter
+    if part.scale is not None:
+        module = QuantizedLinear(part.parameters["weight"], part.scale, part.block_size)
+        shell.set_submodule(name, module)
+    module._parameters.update(part.parameters)
     if part.adapter is not None:
         module.__class__ = AdaptedLinear
         module.scaling, module.dropout = part.adapter.scaling, 0.0

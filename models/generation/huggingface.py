@@ -47,7 +47,8 @@ def generate(
 
     Args:
         hf_model: ``Ministral3ForCausalLM`` or ``Mistral3ForConditionalGeneration``, whole on one device; also inside PEFT,
-            whose LoRA or DoRA adapters count (merged ones run faster: the decode step is fused then).
+            whose LoRA or DoRA adapters count (merged ones run faster: the decode step is fused then). FP8 layers run with
+            activations as they are (W8A16), as their dequantised weights would.
         input_ids: (batch, seq) integers; None: one row of ``bos_token_id``.
         attention_mask: (batch, seq), 0 where there is padding, on the left or on the right: it changes nothing. None finds
             ``pad_token_id`` as transformers does.

@@ -6,8 +6,10 @@ import weakref
 
 import pytest
 import torch
+from test_patch_fp8 import BLOCKS, dequantised, quantise
 from torch import nn
 from transformers import GenerationConfig
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import m3kernels
 from m3kernels.models.generation import kept
@@ -363,6 +365,29 @@ def test_low_precision_runs_and_keeps_its_dtype():
     model = build(dtype=torch.bfloat16)
     got = ours(model, inputs(text_batch(model)))
     assert got.shape == (2, 33) and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["text", "vlm"])
+@pytest.mark.parametrize("per", ["tensor", "blocks"])
+def test_fp8_weights_as_they_are(per, kind):
+    """As the layers with their weights dequantised, which is what transformers runs where it has no FP8 kernels."""
+    model = quantise(build(kind), BLOCKS[per == "blocks"])
+    plain = dequantised(model)
+    batch = inputs(text_batch(model, batch=2, padding="left"))
+    places = storages(model)
+    assert torch.equal(ours(model, batch), theirs(plain, batch))
+    generator = kept._kept[model].generator
+    assert {id(p) for p in generator.model.parameters()} <= {id(p) for p in model.parameters()}
+    assert storages(model) == places and generator.fused == (per == "tensor")
+    ours(model, batch)
+    assert kept._kept[model].generator is generator
+    layers = [m for m in model.modules() if isinstance(m, FP8Linear)]
+    for layer in layers:
+        layer.weight_scale_inv.data.mul_(0.7)
+    assert not torch.equal(ours(model, batch), theirs(plain, batch)), "scales count"
+    layers[0].weight_scale_inv = nn.Parameter(layers[0].weight_scale_inv.to(torch.bfloat16), requires_grad=False)
+    with pytest.raises(GenerationError, match=r"q_proj, an FP8 layer: scales are torch.bfloat16.*hf_model\.generate"):
+        ours(model, batch)
 
 
 # --- models that it does not take
