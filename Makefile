@@ -20,9 +20,9 @@ PYTEST := $(PY) -m pytest -n $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ?
 demo: $(STAMP)-demo
 	$(PY) -m m3kernels.cli demo $(ARGS)
 
-# what runs kernels, and is therefore interpreted where there is no GPU; of the native model what is marked for it
+# what runs kernels, and is therefore interpreted where there is no GPU; of models what is marked for it
 KERNELS := tests/ops tests/parallel/test_cross_entropy.py tests/parallel/test_sharding_rules.py
-MARKED := tests/models tests/parallel/test_model_parallel.py tests/parallel/test_adapters_sharded.py
+MARKED := tests/models tests/test_hf_decode.py tests/parallel/test_model_parallel.py tests/parallel/test_adapters_sharded.py
 INTERPRET := $(if $(shell command -v nvidia-smi 2>/dev/null),,TRITON_INTERPRET=1)
 
 # kernels run in Triton's interpreter where there is no GPU; the rest of the suite takes the plain PyTorch references

@@ -148,6 +148,7 @@ def generate(
     )
 
 
+@torch.no_grad()
 def run_tower(me: Entry, cell: Cell, model: nn.Module, truth: Tensor | None, repeats: int) -> None:
     """The images' features by ``get_image_features``, or by our own model's tower, in place of logits and tokens."""
     pictures = make_images(cell, model.device)

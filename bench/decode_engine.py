@@ -42,7 +42,7 @@ def prompts_of(ids: Tensor, pictures: dict[str, Tensor], sizes: Sequence[tuple[i
 def forced_logits(generator: Generator, prompts: Sequence[Prompt], forced: Tensor) -> Tensor:
     """(steps + 1, batch, vocab) fp32: after the prompt, and after each of the forced tokens (steps, batch)."""
     model = generator.model
-    plans = [Plan.of(prompt, model, "a prompt") for prompt in prompts]
+    plans = [Plan.of(prompt, model.config, "a prompt") for prompt in prompts]
     room = len(plans[0].keys) + len(forced) + 1
     state = State(len(plans), room, generator.kv_dtype, generator.step, None, model.device)
     logits = [Prefill(model, generator.chunk)(plans, state.cache)]

@@ -401,10 +401,10 @@ def test_decode_products(op, fp8, rows):
     tables = vars(importlib.import_module(f"m3kernels.ops.{op}")).items()
     for tile in {t.choose(rows) for name, t in tables if isinstance(t, Tiles) and ("FP8" in name) == fp8}:
         constexprs = constexprs | {"K": width, "ROWS": rows, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns}
-        constexprs |= {"STAGES": tile.stages, "NORM": True, "X_SCALE": 1.0, "PRECISION": "tf32"}
+        constexprs |= {"STAGES": tile.stages, "NORM": True, "X_SCALE": 1.0}
         constexprs |= {"MOVED": fp8, "OVERLAP": True}
         types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names}
-        types |= {n: "*fp32" for n in types if n.endswith("_scale") or n == "p_table"}
+        types |= {n: "*fp32" for n in types if n.endswith("_scale") or n in ("p_cos", "p_sin")}
         types |= {n: "*i64" for n in ("p_position", "p_slot")} | {"eps": "fp32", "beta": "fp32"}
         if fp8:
             types |= {n: "*fp8e4nv" for n in types if n in ("p_w", "p_gate", "p_up") or n.endswith("_weight")}

@@ -207,7 +207,7 @@ def overlap_meta(device: torch.device) -> dict:
     return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
-def _records() -> bool:
+def records() -> bool:
     """Whether anything would want a derivative of a call: without it, autograd.Function is microseconds for nothing."""
     return (
         torch.is_grad_enabled()
@@ -292,6 +292,6 @@ def fused_op(
         # of DTensors all tensors are, or check_dtensors has refused them
         if torch.compiler.is_compiling() or is_dtensor(inputs[0]):
             return registered(*inputs)
-        return Eager.apply(*inputs) if _records() else forward(*inputs)
+        return Eager.apply(*inputs) if records() else forward(*inputs)
 
     return call

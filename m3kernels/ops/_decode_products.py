@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3kernels.ops._common import TRITON_DTYPES, is_dtensor, next_power_of_2, overlap_meta
+from m3kernels.ops._common import is_dtensor, next_power_of_2, overlap_meta
 from m3kernels.ops._triton import INTERPRET, tl, triton
 from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.ops.rms_norm import rms_norm, rms_norm_reference
@@ -87,7 +87,6 @@ def weights_times_x(
     NORM: tl.constexpr,
     PAIR: tl.constexpr,
     X_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
     MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -145,15 +144,9 @@ def weights_times_x(
                 b_x = (wide * gain[:, None]).to(b_x.dtype)
             elif X_SCALE != 1.0:
                 b_x = (b_x.to(tl.float32) * X_SCALE).to(b_x.dtype)
-            if PRECISION == "ieee":
-                # tile by tile: one chain over all of K rounds more than the tiles' sums and theirs
-                acc1 += tl.dot(b_w1.to(b_x.dtype), b_x, input_precision=PRECISION)
-                if PAIR:
-                    acc2 += tl.dot(b_w2.to(b_x.dtype), b_x, input_precision=PRECISION)
-            else:
-                acc1 = tl.dot(as_number(b_w1, b_x.dtype, MOVED), b_x, acc1, input_precision=PRECISION)
-                if PAIR:
-                    acc2 = tl.dot(as_number(b_w2, b_x.dtype, MOVED), b_x, acc2, input_precision=PRECISION)
+            acc1 = tl.dot(as_number(b_w1, b_x.dtype, MOVED), b_x, acc1, input_precision="ieee")
+            if PAIR:
+                acc2 = tl.dot(as_number(b_w2, b_x.dtype, MOVED), b_x, acc2, input_precision="ieee")
         y1, y2 = acc1, acc2
         mean = tl.sum(squares, axis=0)[None, :] / K
     # X_SCALE is a power of two, so that this is exact
@@ -188,7 +181,6 @@ def rows_meta(x: Tensor, weight: Tensor, tile: WeightTile, norm_weight: Tensor |
         "STAGES": tile.stages,
         "NORM": norm_weight is not None,
         "X_SCALE": E4M3_HALF.value if moved else scale,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "MOVED": moved,
         "num_warps": tile.warps,
         **overlap_meta(x.device),
@@ -201,8 +193,9 @@ def scale_kind(scale: Tensor | None) -> int:
 
 
 def fused_rows(x: Tensor) -> bool:
-    """Whether there are few enough rows for the kernels."""
-    return 1 <= x.shape[0] <= MAX_ROWS and x.dtype in TRITON_DTYPES
+    """Whether there are few enough rows for the kernels. Several fp32 ones are BLAS's: no tensor core adds them as exactly."""
+    rows = x.shape[0]
+    return rows == 1 or (1 < rows <= MAX_ROWS and (x.dtype != torch.float32 or INTERPRET))
 
 
 def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ TILES = Tiles(
     WeightTile(4, 1024, warps=2), WeightTile(16, 256, warps=2, stages=5), WeightTile(64, 128, warps=4, stages=5)
 )
 FP8_TILES = Tiles(
-    WeightTile(4, 2048, warps=4), WeightTile(16, 128, warps=2, stages=5), WeightTile(32, 128, warps=4, stages=3)
+    WeightTile(8, 1024, warps=4), WeightTile(16, 128, warps=2, stages=5), WeightTile(32, 128, warps=4, stages=3)
 )
 # a vocabulary has rows enough for larger tiles
 WIDE_TILES = Tiles(WeightTile(2, 1024, warps=4), WeightTile(64, 256, warps=4, stages=5), TILES.many)
@@ -57,7 +57,6 @@ def decode_linear_kernel(
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
     MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
@@ -68,7 +67,7 @@ def decode_linear_kernel(
     p_rows = p_w + o_n[:, None] * w_stride
     y, _ = weights_times_x(
         *(p_rows, p_rows, m_n, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(False, X_SCALE, PRECISION, MOVED, OVERLAP),
+        *(False, X_SCALE, MOVED, OVERLAP),
     )
     if SCALED:
         y *= load_scales(p_scale, o_n, m_n, SCALED)

@@ -7,6 +7,8 @@ One program takes a few dimensions of one head together with those half a head a
 fp32 from the product to the end (see :mod:`m3kernels.ops.decode_linear`, :mod:`m3kernels.ops.rotary`).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from m3kernels.ops._decode_products import (
     weights_times_x,
 )
 from m3kernels.ops._triton import tl, triton
-from m3kernels.ops.rotary import rotary, rotary_reference
+from m3kernels.ops.rotary import halves, rotary, rotary_reference
 
 # H100, graphs of dependent launches over cold weights: 91 % of a copy's rate for 3B (docs/generation.md)
 TILES = Tiles(
@@ -44,7 +46,8 @@ def decode_qkv_kernel(
     p_q_scale,
     p_k_scale,
     p_v_scale,
-    p_table,
+    p_cos,
+    p_sin,
     p_position,
     p_slot,
     p_q,
@@ -55,6 +58,7 @@ def decode_qkv_kernel(
     k_weight_stride,
     v_weight_stride,
     table_stride,
+    position_stride,
     k_row_stride,
     k_head_stride,
     k_slot_stride,
@@ -72,7 +76,6 @@ def decode_qkv_kernel(
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
     MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
@@ -96,7 +99,7 @@ def decode_qkv_kernel(
     p_first, p_second = p_weight + o_n[:, None] * w_stride, p_weight + (o_n + HALF)[:, None] * w_stride
     y1, y2 = weights_times_x(
         *(p_first, p_second, m_half, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(True, X_SCALE, PRECISION, MOVED, OVERLAP),
+        *(True, X_SCALE, MOVED, OVERLAP),
     )
     if SCALED:
         y1 *= load_scales(p_scale, o_n, m_half, SCALED)
@@ -107,12 +110,12 @@ def decode_qkv_kernel(
     mask = m_half[:, None] & m_m[None, :]
     if head < Q_HEADS + K_HEADS:
         o_table = o_m[None, :] * table_stride + o_half[:, None]
-        cos = tl.load(p_table + o_table, mask=mask, other=0.0)
-        sin = tl.load(p_table + o_table + HALF, mask=mask, other=0.0)
+        cos = tl.load(p_cos + o_table, mask=mask, other=0.0)
+        sin = tl.load(p_sin + o_table, mask=mask, other=0.0)
         y1, y2 = y1 * cos - y2 * sin, y2 * cos + y1 * sin
     if head < Q_HEADS:
         if HAS_SCALE:
-            periods = (tl.load(p_position + o_m, mask=m_m, other=0) // original_max).to(tl.float32)
+            periods = (tl.load(p_position + o_m * position_stride, mask=m_m, other=0) // original_max).to(tl.float32)
             scale = (1.0 + tl.cast(beta, tl.float32) * tl.log(1.0 + periods))[None, :]
             y1, y2 = y1 * scale, y2 * scale
         p_out, row_stride, head_stride, slot_stride = p_q, Q_HEADS * HALF * 2, HALF * 2, 0
@@ -129,11 +132,16 @@ def decode_qkv_kernel(
 
 
 def _rotated(
-    ys: list[Tensor], head_dim: int, table: Tensor, positions: Tensor, llama4: tuple[float, int] | None, rotate
+    ys: list[Tensor],
+    head_dim: int,
+    table: tuple[Tensor, Tensor],
+    positions: Tensor,
+    llama4: tuple[float, int] | None,
+    rotate: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Products (M, heads * K) to rotated heads (M, heads, K)."""
     q, k, v = (y.unflatten(1, (-1, head_dim)) for y in ys)
-    q, k = rotate(q[:, :, None], k[:, :, None], table[:, None], positions[:, None], llama4)
+    q, k = rotate(q[:, :, None], k[:, :, None], tuple(half[:, None] for half in table), positions[:, None], llama4)
     return q[:, :, 0], k[:, :, 0], v
 
 
@@ -150,7 +158,7 @@ def decode_qkv_reference(
     v_weight: Tensor,
     *,
     head_dim: int,
-    table: Tensor,
+    table: Tensor | tuple[Tensor, Tensor],
     positions: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-5,
@@ -161,7 +169,7 @@ def decode_qkv_reference(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Plain PyTorch: norm, three matrix products, :func:`m3kernels.ops.rotary_reference`, the caches written by index."""
     ys = products(x, (q_weight, k_weight, v_weight), scales, norm_weight, eps)
-    q, k, v = _rotated(ys, head_dim, table, positions, llama4, rotary_reference)
+    q, k, v = _rotated(ys, head_dim, halves(table, head_dim), positions, llama4, rotary_reference)
     if caches is None:
         return q, k, v
     _write(caches, slots, k, v)
@@ -175,7 +183,7 @@ def decode_qkv(
     v_weight: Tensor,
     *,
     head_dim: int,
-    table: Tensor,
+    table: Tensor | tuple[Tensor, Tensor],
     positions: Tensor,
     norm_weight: Tensor | None = None,
     eps: float = 1e-5,
@@ -194,7 +202,8 @@ def decode_qkv(
         q_weight: (H * K, D) in x's dtype, or E4M3 with its scale.
         k_weight, v_weight: (G * K, D), the same.
         head_dim: K, even.
-        table: (M, K) fp32 [cos | sin] of each row's position, from :func:`m3kernels.ops.rotary_table`.
+        table: (M, K) fp32 [cos | sin] of each row's position, from :func:`m3kernels.ops.rotary_table`; or transformers'
+            pair (cos, sin), each (M, K) with its halves alike.
         positions: (M,) integers, for the query scale.
         norm_weight, eps: of the RMSNorm before; None: no norm.
         llama4: (beta, original_max) of the query scale; None: no scale.
@@ -211,13 +220,14 @@ def decode_qkv(
     """
     weights = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
     check_products("decode_qkv", x, weights, scales, norm_weight)
+    cos, sin = table = halves(table, head_dim)
     _check(x, weights, head_dim, table, positions, caches, slots, scales)
-    if not use_triton("decode_qkv", backend, x, table, *(t for t in (norm_weight,) if t is not None)):
+    if not use_triton("decode_qkv", backend, x, cos, sin, *(t for t in (norm_weight,) if t is not None)):
         options = {"norm_weight": norm_weight, "eps": eps, "llama4": llama4, "caches": caches, "slots": slots}
         heads = {"head_dim": head_dim, "table": table, "positions": positions, "scales": scales}
         return decode_qkv_reference(x, *weights.values(), **heads, **options)
     beta, original_max = (0.0, 0) if llama4 is None else llama4
-    arguments = (x, *weights.values(), head_dim, table, positions, norm_weight, eps, beta, original_max, *scales)
+    arguments = (x, *weights.values(), head_dim, cos, sin, positions, norm_weight, eps, beta, original_max, *scales)
     if torch.compiler.is_compiling():
         q, k, v = torch.ops.m3kernels.decode_qkv(*arguments)
         if caches is None:
@@ -233,10 +243,11 @@ def _check(x, weights, head_dim, table, positions, caches, slots, scales) -> Non
         raise ValueError(
             f"decode_qkv: weights must have whole heads of head_dim {head_dim} (even), k as v; got rows {heads}"
         )
-    if table.shape != (rows, head_dim) or table.dtype != torch.float32 or positions.shape != (rows,):
+    fits = all(half.shape == (rows, head_dim // 2) and half.dtype == torch.float32 for half in table)
+    if not fits or positions.shape != (rows,):
         raise ValueError(
-            f"decode_qkv: needs an fp32 table ({rows}, {head_dim}) and positions ({rows},), "
-            f"got {tuple(table.shape)} {table.dtype} and {tuple(positions.shape)}"
+            f"decode_qkv: needs an fp32 table ({rows}, {head_dim}), or a pair of such, and positions ({rows},), got halves "
+            f"{' and '.join(f'{tuple(half.shape)} {half.dtype}' for half in table)}, positions {tuple(positions.shape)}"
         )
     if len({scale_kind(scale) for scale in scales}) > 1:
         raise ValueError("decode_qkv: scales must be three of one kind: none, one element each, or one for each row")
@@ -259,7 +270,8 @@ def _launch(
     k_weight: Tensor,
     v_weight: Tensor,
     head_dim: int,
-    table: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     positions: Tensor,
     norm_weight: Tensor | None,
     eps: float,
@@ -274,7 +286,7 @@ def _launch(
     llama4, scales = (beta, original_max) if original_max else None, (q_scale, k_scale, v_scale)
     if not fused_rows(x):
         ys = products(x, (q_weight, k_weight, v_weight), scales, norm_weight, eps, reference=False)
-        q, k, v = _rotated(ys, head_dim, table, positions, llama4, rotary)
+        q, k, v = _rotated(ys, head_dim, (cos, sin), positions, llama4, rotary)
         if caches is None:
             return q.contiguous(), k.contiguous(), v.contiguous()
         _write(caches, slots, k, v)
@@ -282,7 +294,9 @@ def _launch(
     x, q_weight, k_weight, v_weight = (
         t if t.stride(1) == 1 else t.contiguous() for t in (x, q_weight, k_weight, v_weight)
     )
-    table, rows, half = table.contiguous(), x.shape[0], head_dim // 2
+    if cos.stride() != sin.stride() or cos.stride(1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    rows, half = x.shape[0], head_dim // 2
     q_heads, k_heads = q_weight.shape[0] // head_dim, k_weight.shape[0] // head_dim
     q = x.new_empty((rows, q_heads, head_dim))
     k, v = caches or (x.new_empty((rows, k_heads, head_dim)) for _ in range(2))
@@ -295,8 +309,9 @@ def _launch(
         decode_qkv_kernel,
         ((q_heads + 2 * k_heads) * parts,),
         *(x, q_weight, k_weight, v_weight, *(x if t is None else t.contiguous() for t in (norm_weight, *scales))),
-        *(table, positions.contiguous(), positions if slots is None else slots.contiguous(), q, k, v),
-        *(x.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0), table.stride(0), *strides),
+        *(cos, sin, positions, positions if slots is None else slots.contiguous(), q, k, v),
+        *(x.stride(0), q_weight.stride(0), k_weight.stride(0), v_weight.stride(0), cos.stride(0), positions.stride(0)),
+        *strides,
         *(rows, eps, beta, original_max),
         **rows_meta(x, q_weight, tile, norm_weight),
         SCALED=scale_kind(scales[0]),
@@ -316,7 +331,8 @@ def _compiled(
     k_weight: Tensor,
     v_weight: Tensor,
     head_dim: int,
-    table: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     positions: Tensor,
     norm_weight: Tensor | None,
     eps: float,
@@ -327,7 +343,7 @@ def _compiled(
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights, norm = (x, q_weight, k_weight, v_weight), (norm_weight, eps, beta, original_max)
-    return _launch(*weights, head_dim, table, positions, *norm, q_scale, k_scale, v_scale)
+    return _launch(*weights, head_dim, cos, sin, positions, *norm, q_scale, k_scale, v_scale)
 
 
 def _fake(x, q_weight, k_weight, v_weight, head_dim, *_):

@@ -28,7 +28,7 @@ TILES = Tiles(
     WeightTile(1, 1024, warps=8), WeightTile(32, 128, warps=2, stages=3), WeightTile(64, 128, warps=4, stages=3)
 )
 FP8_TILES = Tiles(
-    WeightTile(4, 1024, warps=4), WeightTile(32, 128, warps=2, stages=3), WeightTile(16, 128, warps=4, stages=3)
+    WeightTile(2, 1024, warps=4), WeightTile(32, 128, warps=2, stages=3), WeightTile(16, 128, warps=4, stages=3)
 )
 
 
@@ -54,7 +54,6 @@ def decode_swiglu_kernel(
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     X_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
     MOVED: tl.constexpr,
     OVERLAP: tl.constexpr,
     SCALED: tl.constexpr,
@@ -64,7 +63,7 @@ def decode_swiglu_kernel(
     p_gates, p_ups = p_gate + o_n[:, None] * gate_stride, p_up + o_n[:, None] * up_stride
     gate, up = weights_times_x(
         *(p_gates, p_ups, m_n, p_x, x_stride, rows, p_gain, eps, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM),
-        *(True, X_SCALE, PRECISION, MOVED, OVERLAP),
+        *(True, X_SCALE, MOVED, OVERLAP),
     )
     if SCALED:
         gate *= load_scales(p_gate_scale, o_n, m_n, SCALED)

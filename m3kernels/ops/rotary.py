@@ -268,7 +268,7 @@ def llama4_scale(positions: Tensor, beta: float, original_max: int) -> Tensor:
     return 1 + beta * torch.log1p((positions // original_max).float())
 
 
-def _halves(cos_sin_table: Tensor | tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
+def halves(cos_sin_table: Tensor | tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (..., dim / 2), of a [cos | sin] table or of transformers' pair with its duplicated halves."""
     if isinstance(cos_sin_table, Tensor):
         return cos_sin_table[..., : dim // 2], cos_sin_table[..., dim // 2 :]
@@ -292,7 +292,7 @@ def rotary_reference(
     llama4: tuple[float, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch with fp32 (fp64 for fp64 inputs) arithmetic and one final rounding."""
-    cos, sin = _halves(cos_sin_table, q.shape[-1])
+    cos, sin = halves(cos_sin_table, q.shape[-1])
     positions = positions.long()
     if cos.dim() == 2:
         cos, sin = cos[positions], sin[positions]
@@ -304,7 +304,7 @@ def rotary_reference(
 
 def rotary_2d_reference(q: Tensor, k: Tensor, cos_sin_table: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Plain PyTorch: every batch row and head is rotated by the table's row of its token."""
-    cos, sin = _halves(cos_sin_table, q.shape[-1])
+    cos, sin = halves(cos_sin_table, q.shape[-1])
     return _rotate_reference(q, cos, sin).to(q.dtype), _rotate_reference(k, cos, sin).to(k.dtype)
 
 
@@ -356,7 +356,7 @@ def rotary(
         raise TypeError(f"rotary: positions must be integers, got {positions.dtype}")
     if positions.shape not in ((batch, seq), (1, seq)):
         raise ValueError(f"rotary: positions must be ({batch} or 1, {seq}), got {tuple(positions.shape)}")
-    cos, sin = _halves(cos_sin_table, dim)
+    cos, sin = halves(cos_sin_table, dim)
     by_position = cos.dim() == 2
     rows = ((batch, seq), (1, seq))
     if cos.shape != sin.shape or cos.shape[-1] != dim // 2 or not (by_position or cos.shape[:-1] in rows):
@@ -407,7 +407,7 @@ def rotary_2d(
         ValueError, TypeError: as :func:`rotary`.
     """
     _check_heads("rotary_2d", q, k)
-    cos, sin = _halves(cos_sin_table, q.shape[-1])
+    cos, sin = halves(cos_sin_table, q.shape[-1])
     if cos.shape != sin.shape or cos.shape != (q.shape[2], q.shape[3] // 2):
         raise ValueError(
             f"rotary_2d: cos_sin_table must be {tuple(q.shape[2:])} or a pair of such, "

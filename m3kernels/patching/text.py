@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from m3kernels.ops import add_rms_norm, rms_norm, rotary, rotary_table, swiglu
+from m3kernels.ops import (
+    add_rms_norm,
+    decode_linear,
+    decode_qkv,
+    decode_swiglu,
+    rms_norm,
+    rotary,
+    rotary_table,
+    swiglu,
+)
 from m3kernels.patching.adapters import project
 from m3kernels.patching.classes import fused_forward, has_hooks, is_fused, is_plain, note_fallback, original_forward
+from m3kernels.patching.decode import LayerWeights, decode_weights, is_rms_norm, is_silu
 
 
 @fused_forward("rms_norm")
@@ -24,22 +34,13 @@ def rms_norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    cls = getattr(type(module), "_m3k_original", type(module))
-    return cls.__name__ in ("Ministral3RMSNorm", "PixtralRMSNorm") and cls.__module__.startswith("transformers.models.")
-
-
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual), in one pass where the norm is transformers' own and nobody hooks into it."""
-    if _is_rms_norm(norm) and not has_hooks(norm) and is_plain(norm.weight) and is_plain(x) and is_plain(residual):
+    if is_rms_norm(norm) and not has_hooks(norm) and is_plain(norm.weight) and is_plain(x) and is_plain(residual):
         return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
     note_fallback("add_rms_norm", f"{type(norm).__name__} is replaced, hooked or sharded")
     summed = residual + x
     return norm(summed), summed
-
-
-def is_silu(activation: nn.Module) -> bool:
-    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
 @fused_forward("swiglu")
@@ -112,6 +113,27 @@ def attend(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     return interface(self, q, k, v, mask, scaling=self.scaling, **kwargs)
 
 
+def attend_cached(
+    self: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor,
+    cache,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of rotated heads after what the cache holds, to which they are added: (B, S, H, D), and weights or None."""
+    if cache is not None:
+        more = {"kwargs": kwargs} if self._m3k_cache_name == "cache" else {}
+        k, v = cache.update(k, v, self.layer_idx, **more)
+    if self._m3k_passes_positions:
+        kwargs = {**kwargs, "position_ids": position_ids}
+    dropout = self.attention_dropout if self.training else 0.0
+    window = getattr(self.config, "sliding_window", None)
+    return attend(self, q, k, v, mask, dropout=dropout, sliding_window=window, **kwargs)
+
+
 @fused_forward("rotary", text_attention_facts)
 def attention_forward(
     self: nn.Module,
@@ -130,15 +152,7 @@ def attention_forward(
     )
 
     q, k = rotary(q, k, position_embeddings, position_ids.to(q.device), llama4_parameters(self.config))
-    if cache is not None:
-        more = {"kwargs": kwargs} if self._m3k_cache_name == "cache" else {}
-        k, v = cache.update(k, v, self.layer_idx, **more)
-
-    if self._m3k_passes_positions:
-        kwargs["position_ids"] = position_ids
-    dropout = self.attention_dropout if self.training else 0.0
-    window = getattr(self.config, "sliding_window", None)
-    output, weights = attend(self, q, k, v, attention_mask, dropout=dropout, sliding_window=window, **kwargs)
+    output, weights = attend_cached(self, q, k, v, attention_mask, position_ids, cache, kwargs)
     (out,) = project(self, output.reshape(*input_shape, -1).contiguous(), self.o_proj)
     return out, weights
 
@@ -154,7 +168,13 @@ def decoder_layer_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs,
 ) -> Tensor:
-    kwargs[self._m3k_cache_name] = one_cache(cache, kwargs)
+    cache = one_cache(cache, kwargs)
+    wants_weights = bool(kwargs.get("output_attentions"))
+    weights = decode_weights(self, hidden_states, position_embeddings, position_ids, wants_weights)
+    if weights is not None:
+        options = {"use_cache": use_cache, **kwargs}
+        return decode(self, weights, hidden_states, attention_mask, position_ids, cache, position_embeddings, options)
+    kwargs[self._m3k_cache_name] = cache
     attended, _ = self.self_attn(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=attention_mask,
@@ -165,3 +185,42 @@ def decoder_layer_forward(
     )
     normed, residual = add_norm(self.post_attention_layernorm, attended, hidden_states)
     return residual + self.mlp(normed)
+
+
+def decode(
+    self: nn.Module,
+    weights: LayerWeights,
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor,
+    cache,
+    table: tuple[Tensor, Tensor],
+    kwargs: dict,
+) -> Tensor:
+    """A decoder layer over a few tokens, by the decode ops: the residual stream, (batch, seq, D)."""
+    attention, shape = self.self_attn, hidden_states.shape[:2]
+    rows, norm = shape.numel(), self.input_layernorm
+    x_MD = hidden_states.reshape(rows, -1)
+    q, k, v = decode_qkv(
+        *(x_MD, weights.q.weight, weights.k.weight, weights.v.weight),
+        head_dim=attention.head_dim,
+        table=tuple(half.expand(*shape, -1).reshape(rows, -1) for half in table),
+        positions=position_ids.to(x_MD.device).expand(shape).reshape(rows),
+        norm_weight=norm.weight,
+        eps=norm.variance_epsilon,
+        llama4=llama4_parameters(attention.config),
+        scales=(weights.q.scale, weights.k.scale, weights.v.scale),
+    )
+    q, k, v = (heads.unflatten(0, shape).transpose(1, 2) for heads in (q, k, v))
+    attended, _ = attend_cached(attention, q, k, v, mask, position_ids, cache, kwargs)
+    x_MD = decode_linear(attended.reshape(rows, -1), weights.o.weight, residual=x_MD, scale=weights.o.scale)
+
+    norm = self.post_attention_layernorm
+    h_MF = decode_swiglu(
+        *(x_MD, weights.gate.weight, weights.up.weight),
+        norm_weight=norm.weight,
+        eps=norm.variance_epsilon,
+        gate_scale=weights.gate.scale,
+        up_scale=weights.up.scale,
+    )
+    return decode_linear(h_MF, weights.down.weight, residual=x_MD, scale=weights.down.scale).view(hidden_states.shape)

@@ -80,6 +80,18 @@ def test_streamed_text_is_the_answer(capsys):
     assert capsys.readouterr().out == f"Prompt: Hello\nCompletion: {answer}\n"
 
 
+def test_drawn_tokens_go_by_the_seed(capsys):
+    said = []
+    for seed in (1, 1, 2):
+        assert generate("--prompt", "Hello", "--temperature", "1.5", "--top-p", "0.95", "--seed", seed) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+    # the likeliest alone
+    assert generate("--prompt", "Hello", "--temperature", "1.5", "--top_k", "1", "--seed", "5") == 0
+    answer = tiny.expected(tiny.chat().prompt("Hello"), NEW)
+    assert capsys.readouterr().out == f"Prompt: Hello\nCompletion: {answer}\n"
+
+
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streamed"])
 def test_reasoning_stands_apart(capsys, scripted, stream):
     scripted([34, *ids("Let me see."), 35, *ids("\nIt is 3.")], ends="stop")

@@ -429,3 +429,48 @@ def test_other_models_are_refused():
         m3kernels.generate(nn.Linear(3, 3), torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(GenerationError, match="needs a transformers model"):
         m3kernels.generate("mistralai/Ministral-3-3B", torch.zeros(1, 3, dtype=torch.long))
+
+
+# --- draws
+
+
+def test_draws_follow_the_seed():
+    model = build()
+    batch = inputs(text_batch(model, batch=3, padding="left"))
+    say = lambda **options: ours(model, batch, do_sample=True, temperature=1.5, **options)
+    first = say(seed=3)
+    assert torch.equal(say(seed=3), first) and not torch.equal(say(seed=4), first)
+    torch.manual_seed(5)
+    unseeded = say()
+    assert not torch.equal(say(), unseeded), "two calls draw anew"
+    torch.manual_seed(5)
+    assert torch.equal(say(), unseeded)
+    assert torch.equal(say(seed=3, top_k=1), ours(model, batch)), "one candidate is the likeliest"
+
+
+def test_draws_stay_among_transformers_candidates():
+    """Of 500 first tokens none is one that transformers' filters exclude, and each of theirs comes as often as it should."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    model = build()
+    ids = text_batch(model, batch=1, seq=9)["input_ids"]
+    scores = model(ids).logits[:, -1]
+    for warp in (TemperatureLogitsWarper(2.0), TopKLogitsWarper(9), TopPLogitsWarper(0.8)):
+        scores = warp(ids, scores)
+    p = scores.softmax(-1)[0]
+    options = {"do_sample": True, "temperature": 2.0, "top_k": 9, "top_p": 0.8, "max_new_tokens": 1}
+    drawn = ours(model, {"input_ids": ids.expand(500, -1)}, **options, seed=1)[:, -1]
+    counts = torch.bincount(drawn, minlength=VOCAB)
+    assert 2 < int((p > 0).sum()) <= 9 and not counts[p == 0].any()
+    spread = (500 * p * (1 - p)).sqrt()
+    assert ((counts - 500 * p).abs() <= 4.5 * spread + 1e-3).all()
+    narrower = ours(model, {"input_ids": ids.expand(100, -1)}, **{**options, "top_k": 2, "top_p": 1.0}, seed=1)[:, -1]
+    assert len(narrower.unique()) == 2
+
+
+def test_the_default_of_top_k_is_transformers():
+    model = build()
+    ids = text_batch(model, batch=1, seq=9)["input_ids"].expand(400, -1)
+    flat = {"do_sample": True, "temperature": 1000.0, "max_new_tokens": 1, "seed": 0}
+    assert len(ours(model, {"input_ids": ids}, **flat)[:, -1].unique()) == 50
+    assert len(ours(model, {"input_ids": ids}, **flat, top_k=None)[:, -1].unique()) > 100

@@ -20,8 +20,12 @@ FP8 = torch.float8_e4m3fn
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def make(case, shape=None):
-    return case.make(shape or case.small[0], torch.float32, torch.Generator(DEVICE).manual_seed(1))
+# several rows of fp32 are BLAS's on a GPU
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
+
+
+def make(case, shape=None, dtype=DTYPE):
+    return case.make(shape or case.small[0], dtype, torch.Generator(DEVICE).manual_seed(1))
 
 
 def strided(x):
@@ -60,11 +64,27 @@ def test_one_launch_up_to_the_most_rows(case, monkeypatch):
     # each case calls its op once for each kind of result
     assert set(names) == {case.name} and len(names) <= 2
     names.clear()
-    many = make(case, (MAX_ROWS + 1, *case.small[0][1:]))
+    many = make(case, (MAX_ROWS + 1, *case.small[0][1:]), torch.float32)
     for ours, eager in zip(case.ours(**many), case.eager(**many)):
         assert relative_error(ours, eager) < 1e-6
     assert not names
     assert rest.keys() == many.keys()
+
+
+def test_the_table_may_be_a_pair_and_positions_shared():
+    """As transformers hands them around: (cos, sin) with their halves doubled, one row for all, positions too."""
+    qkv = make(DECODE_QKV, (3, 96, 4, 2, 16))
+    weights, norm = (qkv[n] for n in "qkv"), {"norm_weight": qkv["gain"], "llama4": (0.3, 4), "head_dim": 16}
+    table, positions = (qkv[n][1:2].expand(3, *qkv[n].shape[1:]) for n in ("table", "positions"))
+    pair = tuple(torch.cat([half, half], dim=-1)[:1].expand(3, -1) for half in table.chunk(2, dim=-1))
+    q, k, v = weights
+    want = ops.decode_qkv(qkv["x"], q, k, v, **norm, table=table.contiguous(), positions=positions.contiguous())
+    for shared in (table, pair):
+        for function in (ops.decode_qkv, ops.decode_qkv_reference):
+            for ours, theirs in zip(function(qkv["x"], q, k, v, **norm, table=shared, positions=positions), want):
+                assert relative_error(ours, theirs) < 1e-6
+    other = ops.decode_qkv(qkv["x"], q, k, v, **norm, table=pair[::-1], positions=positions)
+    assert relative_error(other[0], want[0]) > 0.1
 
 
 @each
@@ -97,7 +117,9 @@ def test_compiled_fullgraph_takes_the_kernel_and_equals_eager(case):
 def _opchecks():
     linear, swiglu, qkv = (make(case) for case in CASES)
     heads = (
-        *(qkv[n] for n in ("x", "q", "k", "v", "head_dim", "table", "positions", "gain")),
+        *(qkv[n] for n in ("x", "q", "k", "v", "head_dim")),
+        *qkv["table"].chunk(2, dim=-1),
+        *(qkv["positions"], qkv["gain"]),
         1e-5,
         0.1,
         16,
