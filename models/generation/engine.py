@@ -94,19 +94,20 @@ class Generator:
         with torch.no_grad():
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
-        self._slots = [(module, name) for module in model.modules() for name in module._parameters]
-        self._modules = [(parent, *item) for parent in model.modules() for item in parent._modules.items()]
+        # their dicts, not the modules: where the caller has given a weak proxy, the model itself must not be held
+        self._slots = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+        self._modules = [(parent._modules, *item) for parent in model.modules() for item in parent._modules.items()]
         self._memory, self._versions = self._seen()
 
     def _seen(self) -> tuple[list, list[int]]:
         """(where every parameter lies, how often each was written to)."""
-        parameters = [local(p) for module, name in self._slots if (p := module._parameters.get(name)) is not None]
+        parameters = [local(p) for slots, name in self._slots if (p := slots.get(name)) is not None]
         return [(p.data_ptr(), p.dtype) for p in parameters], [p._version for p in parameters]
 
     def _notice_changes(self) -> None:
         """Other modules or parameters make another step; other values make what the cache holds another model's."""
         memory, versions = self._seen()
-        same = all(parent._modules.get(name) is module for parent, name, module in self._modules)
+        same = all(children.get(name) is module for children, name, module in self._modules)
         if not same or memory != self._memory:
             self._look_at_model()
         elif versions != self._versions:

@@ -474,3 +474,13 @@ def test_the_default_of_top_k_is_transformers():
     flat = {"do_sample": True, "temperature": 1000.0, "max_new_tokens": 1, "seed": 0}
     assert len(ours(model, {"input_ids": ids}, **flat)[:, -1].unique()) == 50
     assert len(ours(model, {"input_ids": ids}, **flat, top_k=None)[:, -1].unique()) > 100
+
+
+def test_a_generator_for_every_kv_dtype():
+    model = build(head_dim=16)
+    batch = inputs(text_batch(model))
+    ours(model, batch, kv_dtype="fp8")
+    assert kept._kept[model].generator.kv_dtype == torch.float8_e4m3fn
+    assert_same_tokens(model, batch)
+    with pytest.raises(GenerationError, match="kv_dtype='fp4'"):
+        ours(model, batch, kv_dtype="fp4")
