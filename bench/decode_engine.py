@@ -14,6 +14,7 @@ from m3kernels.models.generation.engine import EVERY, Generator
 from m3kernels.models.generation.prefill import Plan, Prefill
 from m3kernels.models.generation.prompt import Prompt, Sampling
 from m3kernels.models.generation.state import State
+from m3kernels.models.ministral3.quantized import quantize_
 
 if TYPE_CHECKING:
     from m3kernels.bench.decode import Stopwatch
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Engine:
-    """How the engine is set up: see ``Generator``."""
+    """How the engine is set up: see ``Generator``; ``fp8``: with a copy of the weights in E4M3, a scale a row."""
 
+    fp8: bool = False
     kv_dtype: Literal["fp8"] | None = None
 
     def open(self, model: nn.Module) -> Generator:
         twin = native_twin(model)
+        if self.fp8:
+            quantize_(twin)
         m3kernels.patch(twin)
         return Generator(twin, kv_dtype=self.kv_dtype)
 

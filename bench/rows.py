@@ -22,7 +22,13 @@ BASELINES = ("eager", "hf")
 # a row with any other status has no time that counts, whatever its columns hold
 TIMED = ("ok", "imprecise")
 PARTS = {"hf": "HF", "liger": "Liger parts", "compile": "torch.compile", "fa2": "FA2", "fa4": "FA4", "cudnn": "cuDNN"}
-PARTS |= {"compile-whole": "torch.compile of all", "static": "static cache", "sdpa": "SDPA"}
+PARTS |= {
+    "compile-whole": "torch.compile of all",
+    "static": "static cache",
+    "sdpa": "SDPA",
+    "kv8": "FP8 cache",
+    "fp8": "FP8 weights",
+}
 
 Cell = tuple
 Group = dict[str, dict]

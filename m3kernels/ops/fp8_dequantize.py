@@ -159,7 +159,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     A number is within 2^-4 of itself, or within 2^-10 scales where it is below 2^-6 of them.
     """
     x = x.float()
-    scale = (x.abs().amax(dim=-1) / FP8_MAX).clamp(min=SMALLEST_SCALE)
+    # by a number of Python's, CUDA would multiply with the reciprocal
+    largest = torch.full((), FP8_MAX, device=x.device)
+    scale = (x.abs().amax(dim=-1) / largest).clamp(min=SMALLEST_SCALE)
     return (x / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
