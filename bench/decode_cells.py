@@ -36,7 +36,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("3b", 1, 16384),
     Cell("3b", 16, 512),
     # 55 x 55 tokens of the image, and text
-    Cell("3b", 1, 3100, new_tokens=16, images=LARGEST),
+    Cell("3b", 1, 3100, new_tokens=64, images=LARGEST),
     Cell("3b", 1, 0, new_tokens=0, images=DIFFERENT),
     Cell("8b", 1, 512),
     Cell("8b", 1, 16384),

@@ -214,7 +214,9 @@ def test_what_cannot_be_done_is_refused_before_weights_are_read(arguments, reaso
     no_weights(monkeypatch)
     assert generate(*arguments) == 2
     out, err = capsys.readouterr()
-    assert reason in err and err.startswith("m3kernels generate: ") and "Traceback" not in err and out == ""
+    # older transformers show a bar while the fixture's checkpoint is written
+    said = err.rpartition("\r")[2].splitlines()[-1] if "\r" in err else err
+    assert reason in said and said.startswith("m3kernels generate: ") and "Traceback" not in err and out == ""
 
 
 def test_bad_lines_are_refused_before_weights_are_read(capsys, monkeypatch, tmp_path):

@@ -73,7 +73,7 @@ def test_one_launch_up_to_the_most_rows(case, monkeypatch):
 
 def test_the_table_may_be_a_pair_and_positions_shared():
     """As transformers hands them around: (cos, sin) with their halves doubled, one row for all, positions too."""
-    qkv = make(DECODE_QKV, (3, 96, 4, 2, 16))
+    qkv, close = make(DECODE_QKV, (3, 96, 4, 2, 16)), 1e-6 if DTYPE == torch.float32 else 1e-3
     weights, norm = (qkv[n] for n in "qkv"), {"norm_weight": qkv["gain"], "llama4": (0.3, 4), "head_dim": 16}
     table, positions = (qkv[n][1:2].expand(3, *qkv[n].shape[1:]) for n in ("table", "positions"))
     pair = tuple(torch.cat([half, half], dim=-1)[:1].expand(3, -1) for half in table.chunk(2, dim=-1))
@@ -82,7 +82,7 @@ def test_the_table_may_be_a_pair_and_positions_shared():
     for shared in (table, pair):
         for function in (ops.decode_qkv, ops.decode_qkv_reference):
             for ours, theirs in zip(function(qkv["x"], q, k, v, **norm, table=shared, positions=positions), want):
-                assert relative_error(ours, theirs) < 1e-6
+                assert relative_error(ours, theirs) < close
     other = ops.decode_qkv(qkv["x"], q, k, v, **norm, table=pair[::-1], positions=positions)
     assert relative_error(other[0], want[0]) > 0.1
 
