@@ -322,6 +322,7 @@ def test_attention_decode(new, window, dim, scaled):
         "LENGTHS": not window,
         "RANGES": window,
         "SCALED": scaled,
+        "MOVED": scaled,
         "PRECISION": "tf32",
         "OVERLAP": True,
     }

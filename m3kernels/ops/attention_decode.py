@@ -18,7 +18,8 @@ from torch import Tensor
 from m3kernels.ops._attention_kernels import LOG2E, load_rows, softmax_end, softmax_step
 from m3kernels.ops._attention_triton import dense, like
 from m3kernels.ops._common import launch, next_power_of_2, overlap_meta, sm_count, use_triton
-from m3kernels.ops._triton import tl, triton
+from m3kernels.ops._decode_products import E4M3_HALF, as_number
+from m3kernels.ops._triton import INTERPRET, tl, triton
 from m3kernels.ops.fp8_dequantize import FP8
 
 MAX_NEW_TOKENS = 16
@@ -80,6 +81,7 @@ def attention_decode_kernel(
     LENGTHS: tl.constexpr,
     RANGES: tl.constexpr,
     SCALED: tl.constexpr,
+    MOVED: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -95,6 +97,10 @@ def attention_decode_kernel(
     o_q = at * q_batch_stride + head * q_head_stride + token.to(tl.int64) * q_seq_stride
     m_q = m_row[:, None] & (o_dim < DIM)[None, :]
     b_q = tl.load(p_q + o_q[:, None] + o_dim[None, :], mask=m_q, other=0.0)
+    # keys and values that are 2^-120 of themselves (see as_number) get half of it back from q and from the weights
+    HALF: tl.constexpr = E4M3_HALF if MOVED else 1.0
+    if MOVED:
+        b_q = (b_q.to(tl.float32) * HALF).to(b_q.dtype)
     if RANGES:
         lo = tl.maximum(tl.load(p_ranges + (at * NEW + token) * 2), 0)
         hi = tl.minimum(tl.load(p_ranges + (at * NEW + token) * 2 + 1), seq_k)
@@ -126,21 +132,23 @@ def attention_decode_kernel(
         # what lies behind the last key is anything, NaN included
         b_k = load_rows(p_k, o_k, end, k_seq_stride, o_dim, DIM, True)
         b_v = load_rows(p_v, o_k, end, v_seq_stride, o_dim, DIM, True)
-        scores = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
+        scores = tl.dot(b_q, tl.trans(as_number(b_k, b_q.dtype, MOVED)), input_precision=PRECISION)
         v_scale = None
         if SCALED:
-            scores *= tl.load(p_k_scale + o_k, mask=o_k < end, other=0.0)[None, :]
-            v_scale = tl.load(p_v_scale + o_k, mask=o_k < end, other=0.0)
+            scores *= tl.load(p_k_scale + o_k, mask=o_k < end, other=0.0)[None, :] * HALF
+            v_scale = tl.load(p_v_scale + o_k, mask=o_k < end, other=0.0) * HALF
             if b_q.dtype == tl.float16:  # weights times a small scale would be too small for it
                 b_v = (b_v.to(tl.float32) * v_scale[:, None]).to(tl.float16)
                 v_scale = None
             else:
-                b_v = b_v.to(b_q.dtype)
+                b_v = as_number(b_v, b_q.dtype, MOVED)
         seen = (o_k[None, :] >= lo[:, None]) & (o_k[None, :] < tl.minimum(hi, end)[:, None])
         scores = tl.where(seen, scores, -float("inf"))
         b_top, b_sum, b_out = softmax_step(b_top, b_sum, b_out, scores, to_base2, b_v, PRECISION, v_scale)
 
     b_out, lse = softmax_end(b_top, b_sum, b_out)
+    if MOVED:
+        b_out *= HALF
     # partial results lie (batch, kv_head, row, split, dim): what one row combines is together
     o_out = ((at * tl.num_programs(1) + kv_head) * (GROUP * NEW) + o_row) * splits + split
     tl.store(p_partial + o_out[:, None] * DIM + o_dim[None, :], b_out, mask=m_q)
@@ -361,6 +369,7 @@ def _launch(
         LENGTHS=lengths is not None,
         RANGES=ranges is not None,
         SCALED=k_scale is not None,
+        MOVED=k_scale is not None and q.dtype == torch.bfloat16 and not INTERPRET,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps_for(block_dim, k_scale is not None),
         num_stages=CONFIG.stages if block_dim * q.element_size() <= 256 else WIDE_STAGES,
