@@ -181,6 +181,8 @@ def run_peer(
 ) -> None:
     """Logits, their check, and the times of ``repeats`` calls; what compiles does so for the logits."""
     static, engine, (prompt, forced) = PEERS[me.peer].static, PEERS[me.peer].engine, tokens
+    if static and cell.images:
+        raise ImportError("compiled generation is measured after text alone")
     pictures = make_images(cell, prompt.device)
     if engine is not None:
         generator, prompts = engine.open(model), decode_engine.prompts_of(prompt, pictures, cell.images)

@@ -1,11 +1,12 @@
-"""docs/benchmarks.md with its plots, and the tables of README, docs/attention.md and docs/adapters.md, from result files.
+"""docs/benchmarks.md with its plots, and the tables of README and of docs' pages, from result files.
 
     python -m m3kernels.bench.report [--check] [--file FILE.jsonl] [--musts]
 
 Each section takes the newest file under bench/results that holds rows of its kind (or ``--file`` for all). README.md is
 rewritten between ``<!-- bench -->`` and ``<!-- /bench -->``, docs/attention.md and docs/adapters.md likewise (always from the
-newest file of their grid), docs/benchmarks.md as a whole, and so is every picture under docs/bench. ``--check`` writes nothing
-and exits 1 when any of them is not what the files give; a picture carries a digest of its file, so it needs no matplotlib.
+newest file of their grid), docs/generation.md between ``<!-- decode -->`` and ``<!-- /decode -->``, docs/benchmarks.md as a
+whole, and so is every picture under docs/bench. ``--check`` writes nothing and exits 1 when any of them is not what the files
+give; a picture carries a digest of its file, so it needs no matplotlib.
 """
 
 import argparse
@@ -103,6 +104,11 @@ def decode_section(source: Source) -> tuple[list[str], list[str]]:
     return [report_e2e.compact([source]), report_e2e.decode_caption(source)], details
 
 
+def generation_section(source: Source) -> str:
+    """The table of docs/generation.md."""
+    return f"{report_e2e.generation_table(source)}\n\n{report_e2e.decode_caption(source)}"
+
+
 SECTION = {"ops": ops_section, "host": host_section, "train": train_section, "decode": decode_section}
 
 
@@ -154,6 +160,9 @@ def texts(found: dict[str, Source]) -> dict[Path, str]:
             if measured is not None:
                 markers = f"<!-- {name} -->", f"<!-- /{name} -->"
                 found_texts[page_of] = insert(page_of, grid_section(name, measured), *markers)
+        if "decode" in found:
+            page_of, markers = ROOT / "docs" / "generation.md", ("<!-- decode -->", "<!-- /decode -->")
+            found_texts[page_of] = insert(page_of, generation_section(found["decode"]), *markers)
     return found_texts
 
 

@@ -14,7 +14,7 @@ from m3kernels.bench.report_tables import (
     spread,
     status,
 )
-from m3kernels.bench.rows import Cell, Source, fastest, groups, is_ours, number, ours_in, peer_title, time_of
+from m3kernels.bench.rows import EVERYONE, Cell, Source, fastest, groups, is_ours, number, ours_in, peer_title, time_of
 
 # one column for what an op and a model call differently
 SAME = {"hf": "eager", "hf+liger": "liger"}
@@ -164,6 +164,23 @@ def decode_table(source: Source) -> str:
         line += [_percent(row.get("bandwidth_share")), number(row.get("peak_gib")), _error(row.get("logits_error"))]
         lines.append([*line, _percent(row.get("argmax_agreement")), status(row)])
     return markdown(titles, lines, left=2)
+
+
+def generation_table(source: Source) -> str:
+    """A line a cell, a column a peer: milliseconds a token, and to the first one."""
+    found = groups(source.rows)
+    peers = list(dict.fromkeys(row["peer"] for row in source.rows if row["peer"] != EVERYONE))
+    lines = [[cell_title(key), *(_token(group.get(peer)) for peer in peers)] for key, group in found.items()]
+    return markdown(["ms a token (ms to the first)", *map(peer_title, peers)], lines)
+
+
+def _token(row: dict | None) -> str:
+    if row is None:
+        return "–"
+    if time_of(row) is None:
+        return row["status"]
+    first = row.get("ttft_ms")
+    return number(time_of(row).median) + ("" if first is None else f" ({number(first)})")
 
 
 def _cells(source: Source) -> list[tuple[str, dict]]:

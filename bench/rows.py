@@ -155,9 +155,14 @@ def peak_gib(row: dict) -> float | None:
     return row.get("peak_gib")
 
 
+def is_exact(peer: str) -> bool:
+    """Whether a peer computes with the model's own weights and cache, not with quantised ones."""
+    return not {"fp8", "kv8"} & set(peer.split("+"))
+
+
 def fastest(group: Group, ours: bool, among: tuple[str, ...] | None = None) -> dict | None:
-    """The fastest row of ours, or of the peers; ``among`` limits the peers."""
-    timed = [r for p, r in group.items() if is_ours(p) == ours and time_of(r) is not None]
+    """The fastest row of ours, or of the peers, on the model's own weights; ``among`` limits the peers."""
+    timed = [r for p, r in group.items() if is_ours(p) == ours and is_exact(p) and time_of(r) is not None]
     if among is not None:
         timed = [r for r in timed if r["peer"] in among]
     return min(timed, key=lambda r: time_of(r).median, default=None)
