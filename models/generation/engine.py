@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3kernels.models.generation.prefill import Plan, Prefill, common, planned
 from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
-from m3kernels.models.generation.state import KEPT, State
+from m3kernels.models.generation.state import State
 from m3kernels.models.generation.step import DecodeStep, module_step, why_not_fused
 from m3kernels.models.ministral3 import Ministral3
 from m3kernels.models.ministral3.cache import FP8
@@ -22,7 +22,7 @@ from m3kernels.parallel import local
 KV_DTYPES = {"fp8": FP8}
 # tokens between two looks at what was drawn, where nobody waits for each
 EVERY = 8
-MAX_EVERY = KEPT // 4
+MAX_EVERY = 64
 Reason = Literal["stop", "length", "interrupted"]
 
 

@@ -11,8 +11,6 @@ from m3kernels.models.generation.prompt import GenerationError, Sampling
 from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.ops import sample
 
-# drawn tokens that the device keeps for the host to fetch
-KEPT = 256
 # a step runs so often before it is recorded: kernels are compiled and libraries start on the way
 WARMUPS = 2
 
@@ -37,11 +35,11 @@ class State:
         self.cache = KVCache(rows, room, dtype=kv_dtype)
         self.keys: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * rows
         self.ids = torch.zeros(rows, dtype=torch.long, device=device)
-        self.positions = torch.zeros(rows, dtype=torch.long, device=device)
-        self.filled = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.drawn = torch.zeros(KEPT, rows, dtype=torch.long, device=device)
-        # how many tokens were drawn: the next draw's number, and where it is kept
-        self.count = torch.zeros(1, dtype=torch.long, device=device)
+        # what goes on by one with every step, in one launch: where each row's token goes, how many it has then, and how many
+        # tokens were drawn, which is the next draw's number and where it is kept
+        self.clock = torch.zeros(3, rows, dtype=torch.long, device=device)
+        self.positions, self.filled, self.count = self.clock[0], self.clock[1], self.clock[2, :1]
+        self.drawn = torch.zeros(room, rows, dtype=torch.long, device=device)
         self.temperature, self.top_p = (torch.ones(1, device=device) for _ in range(2))
         self.top_k, self.seed = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.greedy, self.filters = True, False
@@ -50,9 +48,7 @@ class State:
 
     def begin(self, lengths: list[int], sampling: Sampling) -> None:
         """After the prompts, of these lengths, were read."""
-        self.positions.copy_(torch.tensor(lengths) - 1)
-        self.filled.copy_(torch.tensor(lengths))
-        self.count.zero_()
+        self.clock.copy_(torch.tensor([[n - 1 for n in lengths], lengths, [0] * len(lengths)]))
         self._counted = 0
         self.greedy = sampling.temperature == 0
         self.filters = sampling.top_k > 0 or sampling.top_p < 1
@@ -72,10 +68,8 @@ class State:
             # ranks have the same logits up to a rounding, and must go on together
             dist.broadcast(ids, group=self.group, group_src=0)
         self.ids.copy_(ids)
-        self.drawn.index_copy_(0, self.count % KEPT, ids[None])
-        self.positions += 1
-        self.filled += 1
-        self.count += 1
+        self.drawn.index_copy_(0, self.count, ids[None])
+        self.clock += 1
 
     def run(self, steps: int, *, graph: bool) -> None:
         """So many steps: a token of every row each."""
@@ -94,7 +88,7 @@ class State:
 
     def _record(self) -> None:
         """Records one step; what runs before to be recorded leaves nothing behind but a slot that is written again."""
-        changing = (self.ids, self.positions, self.filled, self.drawn, self.count)
+        changing = (self.ids, self.clock, self.drawn)
         before = [tensor.clone() for tensor in changing]
         self._graph = None
 
@@ -121,18 +115,17 @@ class State:
 
     def fetch(self, count: int) -> Callable[[], Tensor]:
         """A call that waits for the last ``count`` draws, (count, B), and no longer."""
-        last = self._counted
-        rows = torch.arange(last - count + 1, last + 1) % KEPT
+        drawn = self.drawn[self._counted - count + 1 : self._counted + 1]
         if self.device.type != "cuda":
-            return lambda: self.drawn[rows]
-        host = torch.empty(self.drawn.shape, dtype=torch.long, pin_memory=True)
-        host.copy_(self.drawn, non_blocking=True)
+            return lambda: drawn
+        host = torch.empty(drawn.shape, dtype=torch.long, pin_memory=True)
+        host.copy_(drawn, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
 
         def wait() -> Tensor:
             done.synchronize()
-            return host[rows]
+            return host
 
         return wait
 

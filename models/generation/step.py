@@ -75,13 +75,14 @@ class DecodeStep:
         Args:
             ids_B: the tokens, int64.
             positions_B: their positions and slots in the cache, int64.
-            filled_B: positions + 1, int32: tokens that attention sees.
+            filled_B: positions + 1: tokens that attention sees.
             cache: with room for them.
         """
         x_BD = self.embed(ids_B)
-        table_BK = rotary_table(
-            self.inv_freq.on(x_BD.device), positions_B, self.model.config.text.rope.attention_factor
-        )
+        if cache.table is None:
+            every = torch.arange(cache.room, device=x_BD.device)
+            cache.table = rotary_table(self.inv_freq.on(x_BD.device), every, self.text.rope.attention_factor)
+        table_BK = F.embedding(positions_B, cache.table)
         for number, layer in enumerate(self.layers):
             x_BD = self.attend(layer, x_BD, table_BK, positions_B, filled_B, cache.layer(number))
             options = {"gate_scale": layer.gate.scale, "up_scale": layer.up.scale}

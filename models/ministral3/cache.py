@@ -56,6 +56,7 @@ class KVCache:
         columns: how many columns of (batch, seq) inputs went through it, padding included: where transformers' default
             positions go on.
         room: for how many tokens a sequence there is memory. It grows on demand, to twice what it was.
+        table: (room, K) fp32 [cos | sin] of every position, where a decode step keeps one.
         dtype: of the memory: None is that of the keys; E4M3 keeps a scale for each token and head.
     """
 
@@ -65,6 +66,7 @@ class KVCache:
         self.columns = 0
         self.room = room
         self.dtype = dtype
+        self.table: Tensor | None = None
         self._layers: dict[int, LayerCache] = {}
         self._slots: tuple[Tensor, Tensor] | None = None
         self._rows: tuple[int, ...] = ()
