@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3kernels.models.generation.prefill import Plan, Prefill, common, planned
+from m3kernels.models.generation.prefill import Plan, Prefill, planned
 from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
 from m3kernels.models.generation.state import State
-from m3kernels.models.generation.step import DecodeStep, module_step, why_not_fused
+from m3kernels.models.generation.step import DecodeStep, evaluating, module_step, why_not_fused
 from m3kernels.models.ministral3 import Ministral3
 from m3kernels.models.ministral3.cache import FP8
 from m3kernels.parallel import local
@@ -95,14 +94,17 @@ class Generator:
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
         # their dicts, not the modules: where the caller has given a weak proxy, the model itself must not be held
-        self._slots = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+        held = [tensors for module in model.modules() for tensors in (module._parameters, module._buffers)]
+        self._slots = [(tensors, name) for tensors in held for name in tensors]
         self._modules = [(parent._modules, *item) for parent in model.modules() for item in parent._modules.items()]
         self._memory, self._versions = self._seen()
 
     def _seen(self) -> tuple[list, list[int]]:
-        """(where every parameter lies, how often each was written to)."""
-        parameters = [local(p) for slots, name in self._slots if (p := slots.get(name)) is not None]
-        return [(p.data_ptr(), p.dtype) for p in parameters], [p._version for p in parameters]
+        """(where every parameter and buffer lies, how often each was written to)."""
+        tensors = [local(t) for slots, name in self._slots if (t := slots.get(name)) is not None]
+        # what was made in inference mode does not count its writes
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        return [(t.data_ptr(), t.dtype) for t in tensors], versions
 
     def _notice_changes(self) -> None:
         """Other modules or parameters make another step; other values make what the cache holds another model's."""
@@ -119,6 +121,8 @@ class Generator:
         if self._state is not None:
             self._state.forget()
 
+    # tensors made in inference mode could not be written to outside of it
+    @torch.inference_mode(False)
     @torch.no_grad()
     def start(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling(), *, every: int = 1) -> "Run":
         """Reads the prompts and begins to decode.
@@ -142,13 +146,12 @@ class Generator:
                 raise GenerationError(f"stop token {token}; the model has {self.model.config.text.vocab_size} ids")
         self._notice_changes()
         longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
-        state = self._state_for(plans, longest)
-        with _evaluating(self.model):
+        state, ticket = self._state_for(plans, longest)
+        with evaluating(self.model):
             logits_BV = Prefill(self.model, self.chunk)(plans, state.cache)
         state.begin([len(plan.keys) for plan in plans], sampling)
         state.draw(logits_BV)
-        state.keys = [plan.keys for plan in plans]
-        return Run(self, state, len(plans), sampling, every)
+        return Run(self, state, ticket, sampling, every)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> list[Generation]:
         """All tokens of all prompts; raises as :meth:`start`."""
@@ -157,39 +160,14 @@ class Generator:
             pass
         return run.results
 
-    def _state_for(self, plans: Sequence[Plan], longest: int) -> State:
-        """A state with room, whose rows hold what the last call left of their prompts' beginnings."""
+    def _state_for(self, plans: Sequence[Plan], longest: int) -> tuple[State, int]:
+        """A state with room, whose rows hold what the last call left of their prompts' beginnings; a run's ticket."""
         old, device = self._state, self.model.device
         fits = old is not None and old.rows == len(plans) and old.cache.room >= longest
         state = old if fits else State(len(plans), _room(longest), self.kv_dtype, self.step, self.group, device)
-        rows, sources, counts = [], [], []
-        for row, plan in enumerate(plans):
-            held = [] if old is None else [old.held(other) for other in range(old.rows)]
-            shared = [min(common(plan.keys, keys), len(plan.keys) - 1) for keys in held]
-            best = max(shared, default=0)
-            if state is old and row < len(shared) and shared[row] == best:
-                old.cache.lengths[row] = best
-                continue
-            rows.append(row)
-            sources.append(shared.index(best) if best else 0)
-            counts.append(best)
-        if old is not None:
-            state.cache.take(old.cache, rows, sources, counts)
+        ticket = state.take_over(old, [plan.keys for plan in plans])
         self._state = state
-        return state
-
-
-@contextmanager
-def _evaluating(model: Ministral3) -> Iterator[None]:
-    """In eval mode inside the block."""
-    if not model.training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
+        return state, ticket
 
 
 def _room(tokens: int) -> int:
@@ -201,11 +179,13 @@ def _room(tokens: int) -> int:
 class Run:
     """Bursts of new tokens, one list a row; a row that has ended gives empty ones."""
 
-    def __init__(self, generator: Generator, state: State, rows: int, sampling: Sampling, every: int):
+    def __init__(self, generator: Generator, state: State, ticket: int, sampling: Sampling, every: int):
         self._generator, self._state, self._sampling, self._every = generator, state, sampling, every
-        self.results = [Generation() for _ in range(rows)]
-        self._open = set(range(rows))
-        self._ticket = state.open()
+        self.results = [Generation() for _ in range(state.rows)]
+        self._open = set(range(state.rows))
+        self._ticket = ticket
+        # fetched at once: another call may begin before this run is iterated over
+        self._first = state.fetch(1)
         # the next burst is under way while the host looks at one
         self._ahead = 2 if state.device.type == "cuda" else 1
         self._iterator = self._bursts()
@@ -223,7 +203,7 @@ class Run:
             self.results[row].reason = "stop"
 
     def _bursts(self) -> Iterator[list[list[int]]]:
-        waiting = deque([self._state.fetch(1)])
+        waiting = deque([self._first])
         launched, most = 1, self._sampling.max_new_tokens
         while self._open:
             while launched < most and len(waiting) < self._ahead:

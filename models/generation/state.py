@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m3kernels.models.generation.prefill import common
 from m3kernels.models.generation.prompt import GenerationError, Sampling
 from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.ops import sample
@@ -19,7 +20,8 @@ class State:
     """Cache, last tokens, positions and draws of B rows.
 
     Attributes:
-        keys: of each row, what its part of the cache was computed from (``Prompt.keys``).
+        keys: of each row, what its part of the cache was or is to be computed from (``Prompt.keys``): at all times, after an
+            error or an interrupt too, the first ``cache.lengths`` of them are what the cache holds.
     """
 
     def __init__(
@@ -46,6 +48,30 @@ class State:
         self._graph: tuple[tuple, torch.cuda.CUDAGraph] | None = None
         self._counted, self._ticket = 0, 0
 
+    def take_over(self, other: "State | None", keys: list[np.ndarray]) -> int:
+        """Rows for new prompts, each with what ``other``, which may be this state, holds of its beginning.
+
+        Returns:
+            A ticket for the run over them; the one before it is no longer valid.
+        """
+        held = [] if other is None else [other.held(row) for row in range(other.rows)]
+        lengths, moves = [0] * self.rows, []
+        for row, mine in enumerate(keys):
+            # the last token is computed in any case: it has the logits
+            shared = [min(common(mine, theirs), len(mine) - 1) for theirs in held]
+            best = max(shared, default=0)
+            if self is other and shared[row] == best:
+                lengths[row] = best
+            else:
+                moves.append((row, shared.index(best) if best else 0, best))
+        self._ticket += 1
+        # what stays belongs to the old keys and to the new ones; what moves counts once it is there
+        self.cache.lengths = lengths
+        self.keys = keys
+        if other is not None and moves:
+            self.cache.take(other.cache, *(list(column) for column in zip(*moves)))
+        return self._ticket
+
     def begin(self, lengths: list[int], sampling: Sampling) -> None:
         """After the prompts, of these lengths, were read."""
         self.clock.copy_(torch.tensor([[n - 1 for n in lengths], lengths, [0] * len(lengths)]))
@@ -71,6 +97,9 @@ class State:
         self.drawn.index_copy_(0, self.count, ids[None])
         self.clock += 1
 
+    # tensors made in inference mode could not be written to outside of it
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run(self, steps: int, *, graph: bool) -> None:
         """So many steps: a token of every row each."""
         if graph and not self._recorded():
@@ -109,7 +138,6 @@ class State:
         restore()
         self._graph = (self.greedy, self.filters), graph
 
-    @torch.no_grad()
     def forward(self) -> None:
         self.draw(self.step(self.ids, self.positions, self.filled, self.cache))
 
@@ -117,6 +145,7 @@ class State:
         """A call that waits for the last ``count`` draws, (count, B), and no longer."""
         drawn = self.drawn[self._counted - count + 1 : self._counted + 1]
         if self.device.type != "cuda":
+            drawn = drawn.clone()
             return lambda: drawn
         host = torch.empty(drawn.shape, dtype=torch.long, pin_memory=True)
         host.copy_(drawn, non_blocking=True)
@@ -137,11 +166,6 @@ class State:
         """The cache's rows begin like no prompt."""
         self.keys = [np.empty(0, dtype=np.int64)] * self.rows
 
-    def open(self) -> int:
-        """A ticket for a run; the one before it is no longer valid."""
-        self._ticket += 1
-        return self._ticket
-
     def check(self, ticket: int) -> None:
         """Raises GenerationError for a run whose rows another one has taken."""
         if ticket != self._ticket:
@@ -152,5 +176,6 @@ class State:
 
     def note(self, ticket: int, row: int, tokens: np.ndarray) -> None:
         """Tokens that followed in a row, for the next call to find."""
-        if ticket == self._ticket and len(tokens):
+        # without keys, what they would follow was forgotten
+        if ticket == self._ticket and len(tokens) and len(self.keys[row]):
             self.keys[row] = np.concatenate([self.keys[row], tokens])

@@ -5,7 +5,8 @@ with gate, up and SwiGLU; down with its residual. Under tensor parallelism the f
 ranks follows o and down.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +173,19 @@ def why_not_fused(model: Ministral3) -> str:
     )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module trains again that did."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def module_step(model: Ministral3) -> Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]:
     """The same step through the model's own modules, for what the fused one does not compute."""
     group = None if model.layout is None else model.layout.tp_group
@@ -181,7 +195,8 @@ def module_step(model: Ministral3) -> Callable[[Tensor, Tensor, Tensor, KVCache]
         sequences = Sequences((1,) * rows, tuple(range(rows)), ids_B.device)
         tokens = Tokens(ids_B, positions_B, sequences, None, (rows,))
         tokens = tokens if group is None else tokens.padded_to(group.size())
-        x_tD = model.hidden_states(tokens, cache=cache, group=group)
+        with evaluating(model):
+            x_tD = model.hidden_states(tokens, cache=cache, group=group)
         return model.logits(x_tD, tokens, 0, group).to(_wide(x_tD))
 
     return step
