@@ -21,8 +21,9 @@ from m3kernels.patching.classes import ATTENTION, has_hooks, is_plain
 CAPTURING = "transformers.utils.output_capturing"
 
 
+# tuples, not frozen dataclasses: they are made for each layer and token, and are cheaper to make
 class Weight(NamedTuple):
-    """A linear layer's weight, (N, K), and the fp32 scale of an E4M3 one."""
+    """A linear layer's weight, (N, K), and the fp32 scale of an E4M3 one: of all of it, or (N,) of its rows."""
 
     weight: Tensor
     scale: Tensor | None

@@ -94,23 +94,22 @@ class Generator:
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
         # their dicts, not the modules: where the caller has given a weak proxy, the model itself must not be held
-        held = [tensors for module in model.modules() for tensors in (module._parameters, module._buffers)]
-        self._slots = [(tensors, name) for tensors in held for name in tensors]
+        self._held = [tensors for module in model.modules() for tensors in (module._parameters, module._buffers)]
         self._modules = [(parent._modules, *item) for parent in model.modules() for item in parent._modules.items()]
         self._memory, self._versions = self._seen()
 
     def _seen(self) -> tuple[list, list[int]]:
         """(where every parameter and buffer lies, how often each was written to)."""
-        tensors = [local(t) for slots, name in self._slots if (t := slots.get(name)) is not None]
+        tensors = [local(t) for held in self._held for t in held.values() if t is not None]
         # what was made in inference mode does not count its writes
         versions = [0 if t.is_inference() else t._version for t in tensors]
         return [(t.data_ptr(), t.dtype) for t in tensors], versions
 
     def _notice_changes(self) -> None:
-        """Other modules or parameters make another step; other values make what the cache holds another model's."""
+        """Other modules, hooks or parameters make another step; other values make what the cache holds another model's."""
         memory, versions = self._seen()
         same = all(children.get(name) is module for children, name, module in self._modules)
-        if not same or memory != self._memory:
+        if not same or memory != self._memory or why_not_fused(self.model) != self.why_not:
             self._look_at_model()
         elif versions != self._versions:
             self.forget()

@@ -20,26 +20,14 @@ from m3kernels.models.ministral3.tokens import Tokens
 from m3kernels.ops import attention_decode, decode_linear, decode_qkv, decode_swiglu, rotary_table
 from m3kernels.parallel import all_reduce_sum, local, vocab_parallel_embedding
 from m3kernels.patching.classes import has_hooks
-from m3kernels.patching.text import is_silu
+from m3kernels.patching.decode import Weight, is_silu
 
 # B rows, D hidden, H query heads, G key-value heads, K head_dim, V vocabulary; heads and V are those of this rank.
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A linear layer's weight on this rank, (N, K), and the fp32 scale of an E4M3 one."""
-
-    weight: Tensor
-    scale: Tensor | None = None
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> "Weight":
-        return cls(local(layer.weight.detach()), getattr(layer, "weight_scale", None))
-
-
-@dataclass(frozen=True)
 class LayerWeights:
-    """What a decoder layer computes with."""
+    """What a decoder layer computes with, on this rank."""
 
     attention_norm: Tensor
     q: Weight
@@ -146,10 +134,14 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _weight_of(layer: nn.Module) -> Weight:
+    return Weight(local(layer.weight.detach()), getattr(layer, "weight_scale", None))
+
+
 def _weights_of(layer: nn.Module) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
-    qkvo = (Weight.of(getattr(attention, f"{name}_proj")) for name in "qkvo")
-    gate_up_down = (Weight.of(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down"))
+    qkvo = (_weight_of(getattr(attention, f"{name}_proj")) for name in "qkvo")
+    gate_up_down = (_weight_of(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down"))
     norms = (local(norm.weight.detach()) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
     return LayerWeights(next(norms), *qkvo, next(norms), *gate_up_down)
 
@@ -157,7 +149,7 @@ def _weights_of(layer: nn.Module) -> LayerWeights:
 def why_not_fused(model: Ministral3) -> str:
     """Why a model's decode step runs module by module, or an empty string."""
     body = model.model.language_model
-    for module in body.modules():
+    for module in (*body.modules(), model.lm_head):
         if getattr(module, "lora_A", None) is not None:
             return "it has adapters: merge_adapters(model) puts them into the weights"
         if getattr(module, "block_size", None) is not None:
@@ -166,11 +158,9 @@ def why_not_fused(model: Ministral3) -> str:
             return f"{type(module).__name__} has hooks"
     if not is_silu(body.layers[0].mlp.act_fn):
         return f"its activation is {model.config.text.hidden_act}, not silu"
-    return (
-        ""
-        if model.lm_head.bias is None and not hasattr(model.lm_head, "lora_A")
-        else "its head has an adapter or a bias"
-    )
+    if model.lm_head.bias is not None:
+        return "its head has a bias"
+    return ""
 
 
 @contextmanager

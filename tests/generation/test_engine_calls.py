@@ -115,3 +115,18 @@ def test_inside_and_outside_of_inference_mode():
         for inside in (True, False, True):
             with torch.inference_mode(inside):
                 assert tokens(generator.generate([prompt], greedy())) == wanted
+
+
+def test_adapters_and_hooks_that_come_later_are_noticed(ours):
+    generator, prompts = Generator(ours), text_prompts(9)
+    before = tokens(generator.generate(prompts, greedy()))
+    hook = ours.lm_head.register_forward_hook(lambda module, inputs, logits: -logits)
+    hooked = tokens(generator.generate(prompts, greedy()))
+    assert hooked == tokens(Generator(ours).generate(prompts, greedy())) != before and "hooks" in generator.why_not
+    hook.remove()
+    assert tokens(generator.generate(prompts, greedy())) == before and generator.fused
+    add_adapters(ours, AdapterConfig(rank=4, dtype=None), targets_of(ours))
+    for parameter in adapter_parameters(ours).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    adapted = tokens(generator.generate(prompts, greedy()))
+    assert adapted == tokens(Generator(ours).generate(prompts, greedy())) != before and not generator.fused
