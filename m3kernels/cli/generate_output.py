@@ -91,7 +91,7 @@ class Output:
 
     def _many(self, session: Session, sampling: Sampling) -> int:
         size, total = self.args.batch_size, len(self.requests)
-        new, seconds, first_s = 0, 0.0, None
+        answered, new, seconds, first_s = 0, 0, 0.0, None
         with _bar("answering", self.first) as (bar, task):
             bar.update(task, total=total)
             for begin in range(0, total, size):
@@ -105,13 +105,14 @@ class Output:
                     self._write(request, answer)
                 new, seconds = new + run.new_tokens, seconds + (run.first_s or 0.0) + run.decode_s
                 first_s = run.first_s if first_s is None else first_s
-                bar.update(task, completed=begin + len(requests))
+                answered += len(requests)
+                bar.update(task, completed=answered)
                 if interrupted:
                     break
         if self.first:
             rate = f"{new / seconds:,.1f} tokens/s" if seconds else "nothing generated"
             wait = "" if first_s is None else f", first token after {first_s:.3f} s"
-            print(f"{total} prompts, {new:,} new tokens in {seconds:.2f} s: {rate}{wait}", file=sys.stderr)
+            print(f"{answered} prompts, {new:,} new tokens in {seconds:.2f} s: {rate}{wait}", file=sys.stderr)
         return 130 if interrupted else 0
 
     def _print(self, text: str, end: str = "\n") -> None:

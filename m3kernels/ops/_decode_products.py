@@ -168,10 +168,15 @@ def load_scales(p_scale, o_n, m_n, KIND: tl.constexpr):
     return tl.load(p_scale + o_scale, mask=m_n, other=0.0)[:, None]
 
 
+def moves_bits(dtype: torch.dtype) -> bool:
+    """Whether E4M3 numbers become ``dtype`` by :func:`as_number`'s PTX, which only NVIDIA's GPUs run."""
+    return dtype == torch.bfloat16 and not INTERPRET and not torch.version.hip
+
+
 def rows_meta(x: Tensor, weight: Tensor, tile: WeightTile, norm_weight: Tensor | None) -> dict:
     """The constexprs that :func:`weights_times_x` takes from a call; its launch options."""
     rows = x.shape[0]
-    moved = weight.dtype == FP8 and rows > 1 and x.dtype == torch.bfloat16 and not INTERPRET
+    moved = weight.dtype == FP8 and rows > 1 and moves_bits(x.dtype)
     scale = FP16_SCALE if x.dtype == torch.float16 and rows > 1 and norm_weight is not None else 1.0
     return {
         "K": x.shape[1],
@@ -216,7 +221,7 @@ def products(
     *,
     reference: bool = True,
 ) -> list[Tensor]:
-    """Plain PyTorch: the norm, then one matrix product for each weight."""
+    """The norm (its kernel, without ``reference``), then one matrix product for each weight."""
     if norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps) if reference else rms_norm(x, norm_weight, eps)
     return [F.linear(x, dense_weight(weight, scale, x.dtype)) for weight, scale in zip(weights, scales)]
@@ -234,7 +239,7 @@ def check_products(
     def given() -> str:
         return "got " + ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in {"x": x, **weights}.items())
 
-    width, records = x.shape[-1:], torch.is_grad_enabled()
+    width = x.shape[-1:]
     if x.dim() != 2 or any(w.dim() != 2 or w.shape[1:] != width for w in weights.values()):
         raise ValueError(f"{op}: needs x (M, K) and weights (N, K), {given()}")
     for (name, weight), scale in zip(weights.items(), scales):
@@ -248,5 +253,5 @@ def check_products(
             )
     if norm_weight is not None and norm_weight.shape != width:
         raise ValueError(f"{op}: norm_weight must be (K,), got {tuple(norm_weight.shape)}, {given()}")
-    if records and any(t is not None and t.requires_grad for t in (x, *weights.values(), norm_weight)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights.values(), norm_weight)):
         raise ValueError(f"{op} has no backward: call it under torch.no_grad()")

@@ -123,7 +123,7 @@ def decode_qkv_kernel(
         p_out, row_stride, head_stride, slot_stride = p_k, k_row_stride, k_head_stride, k_slot_stride
     else:
         p_out, row_stride, head_stride, slot_stride = p_v, v_row_stride, v_head_stride, v_slot_stride
-    o_out = o_m * row_stride + group * head_stride
+    o_out = o_m * row_stride + group.to(tl.int64) * head_stride
     if CACHED:
         o_out += tl.load(p_slot + o_m, mask=m_m, other=0).to(tl.int64) * slot_stride
     o_out = o_out[None, :] + o_half[:, None]
@@ -145,7 +145,7 @@ def _rotated(
     return q[:, :, 0], k[:, :, 0], v
 
 
-def _write(caches: tuple[Tensor, Tensor] | None, slots: Tensor | None, k: Tensor, v: Tensor) -> None:
+def _write(caches: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> None:
     rows = torch.arange(k.shape[0], device=k.device)
     for cache, new in zip(caches, (k, v)):
         cache[rows, :, slots.long()] = new
@@ -207,8 +207,8 @@ def decode_qkv(
         positions: (M,) integers, for the query scale.
         norm_weight, eps: of the RMSNorm before; None: no norm.
         llama4: (beta, original_max) of the query scale; None: no scale.
-        caches: keys and values (M or more, G, T, K) in x's dtype; row m's go to ``caches[m, :, slots[m]]``.
-        slots: (M,) integers on the device.
+        caches: keys and values (M or more, G, T, K) in x's dtype, dense along K; row m's go to ``caches[m, :, slots[m]]``.
+        slots: (M,) integers on the device, from 0 to T - 1: nothing looks at that.
         scales: of the three weights: fp32, one element or one for each row, or None; all of one kind.
         backend: "auto", "triton" or "reference".
 
@@ -260,6 +260,8 @@ def _check(x, weights, head_dim, table, positions, caches, slots, scales) -> Non
                 f"decode_qkv: caches must be ({rows} or more, {wanted[0]}, T, {wanted[1]}) in {x.dtype}, "
                 f"got {tuple(cache.shape)} {cache.dtype}"
             )
+        if cache.stride(3) != 1:
+            raise ValueError(f"decode_qkv: caches must be dense along K, got strides {cache.stride()}")
     if slots is None or slots.shape != (rows,) or slots.is_floating_point():
         raise ValueError(f"decode_qkv: caches need slots ({rows},), integers")
 

@@ -15,7 +15,7 @@ from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
 from m3kernels.models.generation.state import State
 from m3kernels.models.generation.step import DecodeStep, evaluating, module_step, why_not_fused
 from m3kernels.models.ministral3 import Ministral3
-from m3kernels.models.ministral3.cache import FP8
+from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.parallel import local
 
 KV_DTYPES = {"fp8": FP8}

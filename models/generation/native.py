@@ -10,16 +10,15 @@ from transformers import GenerationConfig
 from m3kernels.models.generation.call import Call, Inputs
 from m3kernels.models.generation.engine import Generator
 from m3kernels.models.generation.kept import generator_of
-from m3kernels.models.generation.step import why_not_fused
 from m3kernels.models.ministral3 import Ministral3
-from m3kernels.parallel import local
 
 
 def generator_for(model: Ministral3, kv_dtype: Literal["fp8"] | None) -> Generator:
-    """The model's generator; it holds the model weakly, whose cache it would keep alive otherwise."""
-    weights = tuple((id(p), local(p).data_ptr(), p.dtype, p.shape) for p in model.parameters())
-    fingerprint = (weights, why_not_fused(model), id(model.layout), kv_dtype)
-    return generator_of(model, fingerprint, lambda: Generator(weakref.proxy(model), kv_dtype=kv_dtype))
+    """The model's generator; it holds the model weakly, whose cache it would keep alive otherwise.
+
+    It notices by itself what has changed in the model, but for how that is spread over ranks.
+    """
+    return generator_of(model, (id(model.layout), kv_dtype), lambda: Generator(weakref.proxy(model), kv_dtype=kv_dtype))
 
 
 @torch.no_grad()

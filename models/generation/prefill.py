@@ -137,7 +137,10 @@ class Prefill:
         return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
 
     def image_features(self, plans: Sequence[Plan], held: Sequence[int]) -> dict[int, Tensor]:
-        """Features (image tokens, D) by the image's digest, of those images that are not in the cache as a whole."""
+        """Features (image tokens, D) by the image's digest, of those images that are not in the cache as a whole.
+
+        ``held``: tokens of each row in the cache.
+        """
         missing: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
         for plan, length in zip(plans, held):
             there = int((plan.keys[:length] < 0).sum())
@@ -181,7 +184,8 @@ class Prefill:
             ends = np.cumsum([count for _, count in taken]) - 1
             for (row, _), end in zip(taken, ends.tolist()):
                 if cache.lengths[row] == len(plans[row].keys):
-                    last[row] = x_TD[end]
+                    # a view would keep the chunk's other hidden states
+                    last[row] = x_TD[end].clone()
 
     def _forward(
         self, taken: list[tuple[int, int]], plans: Sequence[Plan], features: dict[int, Tensor], cache: KVCache

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from m3kernels.ops import kv_write
+from m3kernels.ops.fp8_dequantize import FP8
 
 GROWS_BY = 256
-FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,6 @@ class KVCache:
         n = max(self.filled)
         pairs = ((held.keys, held.key_scales), (held.values, held.value_scales))
         return tuple((x[:, :, :n].float() * scale[:, :, :n, None]).to(dtype) for x, scale in pairs)
-
-    def update(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends the tokens of the forward that has begun; returns the layer's (keys, values), each (batch, G, room, K)."""
-        self.write(layer, k_TGK, v_TGK)
-        return self.read(layer, k_TGK.dtype)
 
     def end(self, columns: int) -> None:
         """Counts the tokens that every layer has appended, out of ``columns`` of input."""

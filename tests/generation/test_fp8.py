@@ -17,10 +17,11 @@ from m3kernels.models.generation.loading import load as load_for_generation
 from m3kernels.models.generation.prompt import GenerationError, Sampling
 from m3kernels.models.generation.step import DecodeStep, module_step
 from m3kernels.models.ministral3 import Ministral3, quantize_
-from m3kernels.models.ministral3.cache import FP8, KVCache
+from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.models.ministral3.layers import Sequences
 from m3kernels.models.ministral3.quantized import quantized_layers
 from m3kernels.models.ministral3.tokens import Tokens
+from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.parity.core import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

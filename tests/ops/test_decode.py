@@ -58,7 +58,7 @@ def test_inputs_are_never_written_and_any_strides_do(case):
 
 @each
 def test_one_launch_up_to_the_most_rows(case, monkeypatch):
-    names, rest = counted(monkeypatch), make(case)
+    names = counted(monkeypatch)
     inputs = make(case, (MAX_ROWS, *case.small[0][1:]))
     case.ours(**inputs)
     # each case calls its op once for each kind of result
@@ -68,7 +68,6 @@ def test_one_launch_up_to_the_most_rows(case, monkeypatch):
     for ours, eager in zip(case.ours(**many), case.eager(**many)):
         assert relative_error(ours, eager) < 1e-6
     assert not names
-    assert rest.keys() == many.keys()
 
 
 def test_the_table_may_be_a_pair_and_positions_shared():
@@ -215,6 +214,15 @@ def test_what_is_refused():
         ),
         "caches must be": lambda: ops.decode_qkv(
             x, w, w, w, **heads, caches=(caches[:1], caches), slots=heads["positions"]
+        ),
+        "dense along K": lambda: ops.decode_qkv(
+            x,
+            w,
+            w,
+            w,
+            **heads,
+            caches=(caches, caches.transpose(2, 3).contiguous().transpose(2, 3)),
+            slots=heads["positions"],
         ),
         "caches need slots": lambda: ops.decode_qkv(x, w, w, w, **heads, caches=(caches, caches)),
     }
