@@ -200,7 +200,9 @@ def sm_count(device: torch.device) -> int:
 def overlap_meta(device: torch.device) -> dict:
     """A launch's ``OVERLAP`` and its options: whether it may begin while the one before it ends (Hopper and later).
 
-    Such a kernel must wait (``gdc_wait``) before it reads what any other wrote, in every program.
+    Such a kernel must wait (``gdc_wait``) before it reads what any other wrote, in every program, and lets the next begin
+    (``gdc_launch_dependents``) only after that. Weights may be read before: what writes them, an optimizer or a copy, must
+    then be a kernel that does not let the next begin.
     """
     nvidia = device.type == "cuda" and not torch.version.hip and not INTERPRET
     overlaps = nvidia and torch.cuda.get_device_capability(device)[0] >= 9

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +42,7 @@ class Generator:
 
     Attributes:
         fused: whether the decode step runs as fused kernels; ``why_not`` says why it does not.
+        graphs: whether it is replayed as a CUDA graph.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Generator:
         *,
         kv_dtype: Literal["fp8"] | None = None,
         chunk: int = 8192,
-        graphs: bool | Literal["auto"] = "auto",
+        graphs: bool = True,
     ):
         """
         Args:
@@ -59,8 +59,8 @@ class Generator:
                 prefill fast.
             kv_dtype: "fp8" keeps keys and values in E4M3 with a scale for each token and head; None: as computed.
             chunk: tokens that go through the model at once while prompts are read.
-            graphs: whether the decode step is replayed as a CUDA graph; "auto": on CUDA, where NCCL is the only one to
-                wait for.
+            graphs: whether the decode step is replayed as a CUDA graph where it can be: fused, on CUDA, and with NCCL
+                between ranks.
 
         Raises:
             GenerationError: an option that there is not, or a model whose weights are spread over data-parallel ranks.
@@ -88,8 +88,7 @@ class Generator:
         self.why_not = why_not_fused(model)
         self.fused = not self.why_not
         on_nccl = self.group is None or dist.get_backend(self.group) == "nccl"
-        recordable = self.fused and model.device.type == "cuda" and on_nccl
-        self.graphs = recordable if self._graphs == "auto" else self._graphs
+        self.graphs = self._graphs and self.fused and model.device.type == "cuda" and on_nccl
         with torch.no_grad():
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
@@ -230,5 +229,5 @@ class Run:
                     burst[row].append(tokens[row])
         for row, tokens in enumerate(burst):
             self.results[row].tokens += tokens
-            self._state.note(self._ticket, row, np.array(tokens, dtype=np.int64))
+            self._state.note(self._ticket, row, tokens)
         return burst

@@ -20,8 +20,9 @@ class State:
     """Cache, last tokens, positions and draws of B rows.
 
     Attributes:
-        keys: of each row, what its part of the cache was or is to be computed from (``Prompt.keys``): at all times, after an
-            error or an interrupt too, the first ``cache.lengths`` of them are what the cache holds.
+        keys: of each row, what its part of the cache was or is to be computed from (``Prompt.keys``), with the tokens in
+            ``later`` behind them: at all times, after an error or an interrupt too, the first ``cache.lengths`` of both are what
+            the cache holds.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class State:
     ):
         self.rows, self.device, self.group, self.step = rows, device, group, step
         self.cache = KVCache(rows, room, dtype=kv_dtype)
-        self.keys: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * rows
+        self.forget()
         self.ids = torch.zeros(rows, dtype=torch.long, device=device)
         # what goes on by one with every step, in one launch: where each row's token goes, how many it has then, and how many
         # tokens were drawn, which is the next draw's number and where it is kept
@@ -67,7 +68,7 @@ class State:
         self._ticket += 1
         # what stays belongs to the old keys and to the new ones; what moves counts once it is there
         self.cache.lengths = lengths
-        self.keys = keys
+        self.keys, self.later = keys, [[] for _ in keys]
         if other is not None and moves:
             self.cache.take(other.cache, *(list(column) for column in zip(*moves)))
         return self._ticket
@@ -160,11 +161,13 @@ class State:
 
     def held(self, row: int) -> np.ndarray:
         """The keys that the cache's row was computed from."""
-        return self.keys[row][: self.cache.lengths[row]]
+        later = np.array(self.later[row], dtype=np.int64)
+        return np.concatenate([self.keys[row], later])[: self.cache.lengths[row]]
 
     def forget(self) -> None:
         """The cache's rows begin like no prompt."""
-        self.keys = [np.empty(0, dtype=np.int64)] * self.rows
+        self.keys: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * self.rows
+        self.later: list[list[int]] = [[] for _ in range(self.rows)]
 
     def check(self, ticket: int) -> None:
         """Raises GenerationError for a run whose rows another one has taken."""
@@ -174,8 +177,8 @@ class State:
                 "for each"
             )
 
-    def note(self, ticket: int, row: int, tokens: np.ndarray) -> None:
+    def note(self, ticket: int, row: int, tokens: list[int]) -> None:
         """Tokens that followed in a row, for the next call to find."""
         # without keys, what they would follow was forgotten
-        if ticket == self._ticket and len(tokens) and len(self.keys[row]):
-            self.keys[row] = np.concatenate([self.keys[row], tokens])
+        if ticket == self._ticket and len(self.keys[row]):
+            self.later[row] += tokens

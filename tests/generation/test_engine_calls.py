@@ -8,7 +8,7 @@ from prompts import by_transformers, text_prompts
 from m3kernels.models.generation import prefill
 from m3kernels.models.generation.engine import Generator
 from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
-from m3kernels.models.ministral3 import AdapterConfig, adapter_parameters, add_adapters, targets_of
+from m3kernels.models.ministral3 import AdapterConfig, adapter_parameters, add_adapters, quantize_, targets_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -130,3 +130,14 @@ def test_adapters_and_hooks_that_come_later_are_noticed(ours):
         torch.nn.init.normal_(parameter, std=0.1)
     adapted = tokens(generator.generate(prompts, greedy()))
     assert adapted == tokens(Generator(ours).generate(prompts, greedy())) != before and not generator.fused
+
+
+def test_other_scales_of_fp8_weights_are_noticed(ours):
+    generator, prompts = Generator(quantize_(ours)), text_prompts(40)
+    before = tokens(generator.generate(prompts, greedy()))
+    layer = ours.model.language_model.layers[0].self_attn.v_proj
+    for change in (lambda: layer.weight_scale.mul_(8), lambda: setattr(layer, "weight_scale", layer.weight_scale * 4)):
+        change()
+        changed = tokens(generator.generate(prompts, greedy()))
+        assert changed == tokens(Generator(ours).generate(prompts, greedy())) != before
+        before = changed
