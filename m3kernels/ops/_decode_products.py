@@ -70,6 +70,99 @@ def as_number(b_w, dtype: tl.constexpr, MOVED: tl.constexpr):
 
 
 @triton.jit
+def one_row(
+    p_w1,
+    p_w2,
+    m_n,
+    p_x,
+    p_gain,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+    PAIR: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """(w1 (gain x), w2 (gain x), mean(x^2)) of one row of x: (BLOCK_N, 1) twice, and a scalar, by fp32 multiplications."""
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    o_k = tl.arange(0, BLOCK_K)
+    # as many weights a thread as elements of x, whatever their size: else x would change hands by shared memory
+    o_w = tl.max_contiguous(o_k, 8)
+    acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc2 = acc1
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for k in tl.static_range(0, K, BLOCK_K):
+        m_k = k + o_k < K
+        mask = m_n[:, None] if EVEN else m_n[:, None] & m_k[None, :]
+        b_w1 = tl.load(p_w1 + (k + o_w)[None, :], mask=mask, other=0.0)
+        if PAIR:
+            b_w2 = tl.load(p_w2 + (k + o_w)[None, :], mask=mask, other=0.0)
+        if OVERLAP and k == 0:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        if NORM:
+            squares += b_x * b_x
+            b_x *= tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32)
+        acc1 += b_w1.to(tl.float32) * b_x[None, :]
+        if PAIR:
+            acc2 += b_w2.to(tl.float32) * b_x[None, :]
+    y1 = tl.sum(acc1, axis=1)[:, None]
+    y2 = tl.sum(acc2, axis=1)[:, None] if PAIR else y1
+    return y1, y2, tl.sum(squares, axis=0) / K
+
+
+@triton.jit
+def several_rows(
+    p_w1,
+    p_w2,
+    m_n,
+    p_x,
+    x_stride,
+    rows,
+    p_gain,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NORM: tl.constexpr,
+    PAIR: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    MOVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """As :func:`one_row` for ROWS rows of x, by tensor cores: (BLOCK_N, ROWS) times X_SCALE, twice, and (1, ROWS)."""
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    o_k, o_m = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc1 = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    acc2 = acc1
+    squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
+    p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        m_k = k + o_k < K
+        mask = m_n[:, None] if EVEN else m_n[:, None] & m_k[None, :]
+        b_w1 = tl.load(p_w1 + (k + o_k)[None, :], mask=mask, other=0.0)
+        if PAIR:
+            b_w2 = tl.load(p_w2 + (k + o_k)[None, :], mask=mask, other=0.0)
+        b_x = tl.load(p_xs + (k + o_k)[:, None], mask=m_k[:, None] & (o_m < rows)[None, :], other=0.0)
+        if NORM:
+            wide = b_x.to(tl.float32)
+            squares += wide * wide
+            gain = tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32) * X_SCALE
+            b_x = (wide * gain[:, None]).to(b_x.dtype)
+        elif X_SCALE != 1.0:
+            b_x = (b_x.to(tl.float32) * X_SCALE).to(b_x.dtype)
+        acc1 = tl.dot(as_number(b_w1, b_x.dtype, MOVED), b_x, acc1, input_precision="ieee")
+        if PAIR:
+            acc2 = tl.dot(as_number(b_w2, b_x.dtype, MOVED), b_x, acc2, input_precision="ieee")
+    return acc1, acc2, tl.sum(squares, axis=0)[None, :] / K
+
+
+@triton.jit
 def weights_times_x(
     p_w1,
     p_w2,
@@ -95,60 +188,13 @@ def weights_times_x(
     1 / sqrt(mean(x^2) + eps) is one factor of a whole row of x: it multiplies the sums, and x is read once. With OVERLAP
     the kernel begins while the one before it ends: weights, which nobody writes, are under way before it waits for x.
     """
-    EVEN: tl.constexpr = K % BLOCK_K == 0
-    o_k, o_m = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
     if ROWS == 1:
-        acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        acc2 = acc1
-        squares = tl.zeros([BLOCK_K], tl.float32)
-        # as many weights a thread as elements of x, whatever their size: else x would change hands by shared memory
-        o_w = tl.max_contiguous(o_k, 8)
-        for k in tl.static_range(0, K, BLOCK_K):
-            m_k = k + o_k < K
-            mask = m_n[:, None] if EVEN else m_n[:, None] & m_k[None, :]
-            b_w1 = tl.load(p_w1 + (k + o_w)[None, :], mask=mask, other=0.0)
-            if PAIR:
-                b_w2 = tl.load(p_w2 + (k + o_w)[None, :], mask=mask, other=0.0)
-            if OVERLAP and k == 0:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
-            b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0).to(tl.float32)
-            if NORM:
-                squares += b_x * b_x
-                b_x *= tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32)
-            acc1 += b_w1.to(tl.float32) * b_x[None, :]
-            if PAIR:
-                acc2 += b_w2.to(tl.float32) * b_x[None, :]
-        y1 = tl.sum(acc1, axis=1)[:, None]
-        y2 = tl.sum(acc2, axis=1)[:, None] if PAIR else y1
-        mean = tl.sum(squares, axis=0) / K
+        y1, y2, mean = one_row(p_w1, p_w2, m_n, p_x, p_gain, K, BLOCK_N, BLOCK_K, NORM, PAIR, OVERLAP)
     else:
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        acc1 = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        acc2 = acc1
-        squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
-        p_xs = p_x + o_m.to(tl.int64)[None, :] * x_stride
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            m_k = k + o_k < K
-            mask = m_n[:, None] if EVEN else m_n[:, None] & m_k[None, :]
-            b_w1 = tl.load(p_w1 + (k + o_k)[None, :], mask=mask, other=0.0)
-            if PAIR:
-                b_w2 = tl.load(p_w2 + (k + o_k)[None, :], mask=mask, other=0.0)
-            b_x = tl.load(p_xs + (k + o_k)[:, None], mask=m_k[:, None] & (o_m < rows)[None, :], other=0.0)
-            if NORM:
-                wide = b_x.to(tl.float32)
-                squares += wide * wide
-                gain = tl.load(p_gain + k + o_k, mask=m_k, other=0.0).to(tl.float32) * X_SCALE
-                b_x = (wide * gain[:, None]).to(b_x.dtype)
-            elif X_SCALE != 1.0:
-                b_x = (b_x.to(tl.float32) * X_SCALE).to(b_x.dtype)
-            acc1 = tl.dot(as_number(b_w1, b_x.dtype, MOVED), b_x, acc1, input_precision="ieee")
-            if PAIR:
-                acc2 = tl.dot(as_number(b_w2, b_x.dtype, MOVED), b_x, acc2, input_precision="ieee")
-        y1, y2 = acc1, acc2
-        mean = tl.sum(squares, axis=0)[None, :] / K
+        y1, y2, mean = several_rows(
+            *(p_w1, p_w2, m_n, p_x, x_stride, rows, p_gain, K, ROWS, BLOCK_N, BLOCK_K, STAGES, NORM, PAIR),
+            *(X_SCALE, MOVED, OVERLAP),
+        )
     # X_SCALE is a power of two, so that this is exact
     UNSCALE: tl.constexpr = E4M3_HALF * E4M3_HALF / X_SCALE if MOVED else 1.0 / X_SCALE
     if UNSCALE != 1.0:
