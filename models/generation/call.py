@@ -73,6 +73,14 @@ class Call:
 
     def rows(self, generator: Generator, streamer: BaseStreamer | None = None) -> Tensor | GenerateDecoderOnlyOutput:
         """(batch, seq + new) ids, in transformers' output class where that was asked for."""
+        # another thread's call would take the cache: it waits
+        with generator.lock:
+            rows = self._rows(generator, streamer)
+        sequences = padded(self.input_ids, rows, self.choice.pad)
+        return GenerateDecoderOnlyOutput(sequences=sequences) if self.choice.returns_dict else sequences
+
+    def _rows(self, generator: Generator, streamer: BaseStreamer | None) -> list[list[int]]:
+        """The new tokens of each row, with the one that ended it."""
         if streamer is not None:
             streamer.put(self.input_ids.cpu())
         # which of the end-of-sequence ids was drawn stands in the output: the engine leaves it out
@@ -94,8 +102,7 @@ class Call:
                 streamer.put(torch.tensor(step))
         if streamer is not None:
             streamer.end()
-        sequences = padded(self.input_ids, rows, self.choice.pad)
-        return GenerateDecoderOnlyOutput(sequences=sequences) if self.choice.returns_dict else sequences
+        return rows
 
     def bursts(self, generator: Generator, every: int = 1) -> Run:
         """The engine's iterator of new tokens, without those that end a sequence."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -509,3 +510,12 @@ def test_a_generator_for_every_kv_dtype():
     assert_same_tokens(model, batch)
     with pytest.raises(GenerationError, match="kv_dtype='fp4'"):
         ours(model, batch, kv_dtype="fp4")
+
+
+def test_threads_wait_for_one_another():
+    model = build()
+    batches = [inputs(text_batch(model, seed=seed)) for seed in (1, 2, 3)]
+    want = [theirs(model, batch) for batch in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        got = list(pool.map(lambda batch: ours(model, batch), batches * 3))
+    assert all(torch.equal(rows, expected) for rows, expected in zip(got, want * 3))
