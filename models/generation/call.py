@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from m3kernels.models.generation.batches import padded, prompts_of
+from m3kernels.models.generation.batches import check_ids, padded, prompts_of
 from m3kernels.models.generation.engine import EVERY, Generator, Run
 from m3kernels.models.generation.options import Choice, choice_of, ids_of, merged
 from m3kernels.models.generation.prompt import GenerationError, Prompt
@@ -59,6 +59,7 @@ class Call:
             if begin is None:
                 raise GenerationError("there are no input_ids, and no bos_token_id to begin with: give input_ids")
             input_ids = torch.tensor([[begin]], device=model.device)
+        check_ids(input_ids)
         sets_length = any(source.get("max_length") is not None for source in (given, *_dicts(configs)))
         choice = choice_of(
             values,
