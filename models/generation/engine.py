@@ -145,28 +145,16 @@ class Generator:
         for token in sampling.stop_tokens:
             if not 0 <= token < self.model.config.text.vocab_size:
                 raise GenerationError(f"stop token {token}; the model has {self.model.config.text.vocab_size} ids")
-<<<<<<< HEAD
-        self._notice_changes()
-        longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
-        state, ticket = self._state_for(plans, longest)
-        with evaluating(self.model):
-            logits_BV = Prefill(self.model, self.chunk)(plans, state.cache)
-        state.begin([len(plan.keys) for plan in plans], sampling)
-        state.draw(logits_BV)
-        return Run(self, state, ticket, sampling, every)
-=======
         # from several threads, one call after the other
         with self.lock:
             self._notice_changes()
             longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
-            state = self._state_for(plans, longest)
-            with _evaluating(self.model):
+            state, ticket = self._state_for(plans, longest)
+            with evaluating(self.model):
                 logits_BV = Prefill(self.model, self.chunk)(plans, state.cache)
             state.begin([len(plan.keys) for plan in plans], sampling)
             state.draw(logits_BV)
-            state.keys = [plan.keys for plan in plans]
-            return Run(self, state, len(plans), sampling, every)
->>>>>>> gen-user
+            return Run(self, state, ticket, sampling, every)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> list[Generation]:
         """All tokens of all prompts; raises as :meth:`start`."""
@@ -218,11 +206,7 @@ class Run:
             self.results[row].reason = "stop"
 
     def _bursts(self) -> Iterator[list[list[int]]]:
-<<<<<<< HEAD
         waiting = deque([self._first])
-=======
-        waiting = deque([self._launch(0)])
->>>>>>> gen-user
         launched, most = 1, self._sampling.max_new_tokens
         while self._open:
             while launched < most and len(waiting) < self._ahead:
@@ -237,12 +221,11 @@ class Run:
         self._open.clear()
 
     def _launch(self, count: int) -> Callable[[], Tensor]:
-        """So many steps, or none after the first token; a call that waits for their tokens."""
+        """So many steps; a call that waits for their tokens."""
         with self._generator.lock:
             self._state.check(self._ticket)
-            if count:
-                self._state.run(count, graph=self._generator.graphs)
-            return self._state.fetch(count or 1)
+            self._state.run(count, graph=self._generator.graphs)
+            return self._state.fetch(count)
 
     def _take(self, fetched: Callable[[], Tensor]) -> list[list[int]]:
         """The burst's tokens by row, up to their stop token."""

@@ -115,10 +115,12 @@ def test_defaults_of_the_checkpoint(tmp_path):
 
 
 def test_a_stream_gives_nothing_of_another_call():
-    """Not even its first token, which was drawn before."""
+    """Its first token was drawn before, and stays its own."""
     model = like(hf := build())
     first, other = (text_batch(hf, seed=seed)["input_ids"] for seed in (1, 2))
+    whole = list(model.stream(first, **GREEDY))
     run = model.stream(first, **GREEDY)
     model.generate(other, **GREEDY)
+    assert next(run) == whole[0] != next(model.stream(other, **GREEDY))
     with pytest.raises(GenerationError, match="another call has begun"):
         next(run)
