@@ -119,13 +119,15 @@ class Output:
                     self._write(request, answer)
                 new, seconds = new + run.new_tokens, seconds + (run.first_s or 0.0) + run.decode_s
                 first_s = run.first_s if first_s is None else first_s
-                bar.update(task, completed=begin + len(requests))
+                done = begin + len(requests)
+                bar.update(task, completed=done)
                 if interrupted:
                     break
         if self.first:
             rate = f"{new / seconds:,.1f} tokens/s" if seconds else "nothing generated"
             wait = "" if first_s is None else f", first token after {first_s:.3f} s"
-            print(f"{total} prompts, {new:,} new tokens in {seconds:.2f} s: {rate}{wait}", file=sys.stderr)
+            prompts = f"{total} prompts" if done == total else f"{done} of {total} prompts"
+            print(f"{prompts}, {new:,} new tokens in {seconds:.2f} s: {rate}{wait}", file=sys.stderr)
         return 130 if interrupted else 0
 
     def _print(self, text: str, end: str = "\n") -> None:
