@@ -126,7 +126,8 @@ class Output:
         if self.first:
             rate = f"{new / seconds:,.1f} tokens/s" if seconds else "nothing generated"
             wait = "" if first_s is None else f", first token after {first_s:.3f} s"
-            print(f"{answered} prompts, {new:,} new tokens in {seconds:.2f} s: {rate}{wait}", file=sys.stderr)
+            prompts = f"{total} prompts" if answered == total else f"{answered} of {total} prompts"
+            print(f"{prompts}, {new:,} new tokens in {seconds:.2f} s: {rate}{wait}", file=sys.stderr)
         return 130 if interrupted else 0
 
     def _print(self, text: str, end: str = "\n") -> None:

@@ -168,8 +168,10 @@ def test_an_interrupted_file_keeps_what_was_answered(capsys, scripted, tmp_path)
     (tmp_path / "p.jsonl").write_text('{"prompt": "A"}\n{"prompt": "B"}\n{"prompt": "C"}\n')
     scripted(ids("one two three four five six seven eight nine ten"), broken=1)
     assert generate("--batch-file", tmp_path / "p.jsonl", "--batch-size", 1) == 130
-    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    out, err = capsys.readouterr()
+    (line,) = map(json.loads, out.splitlines())
     assert line["reason"] == "interrupted" and line["text"].startswith("one")
+    assert "1 of 3 prompts, " in err
 
 
 def no_weights(monkeypatch):
