@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TextIO
 
 from m3kernels.models.generation.chat import Chat
 from m3kernels.models.generation.prompt import Sampling
@@ -32,8 +33,13 @@ def _bar(label: str, shown: bool) -> Iterator[tuple]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # answers go to standard output
-    with Progress(*columns, console=Console(file=sys.stderr), disable=not (shown and sys.stderr.isatty())) as bar:
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not (shown and is_terminal(sys.stderr))) as bar:
         yield bar, bar.add_task(label, total=None)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person sees it; a stream that was closed before the start is None."""
+    return stream is not None and stream.isatty()
 
 
 class Output:
@@ -45,17 +51,22 @@ class Output:
 
     def __init__(self, args: argparse.Namespace, chat: Chat, requests: Sequence[Request], first: bool) -> None:
         self.args, self.chat, self.requests, self.first = args, chat, requests, first
-        self.shows_progress = first and sys.stdout.isatty() and sys.stderr.isatty()
-        self._file = None
+        self.shows_progress = first and is_terminal(sys.stdout) and is_terminal(sys.stderr)
+        self._file, self._is_new, self._begun = None, False, False
 
     def __enter__(self) -> "Output":
         if self.args.output is not None and self.first:
-            self._file = open(self.args.output, "w", encoding="utf-8")
+            self._is_new = not self.args.output.exists()
+            # what an --overwrite replaces stays until the model is there; an escape in JSON is what UTF-8 cannot hold
+            self._file = open(self.args.output, "a", encoding="utf-8", errors="backslashreplace")
         return self
 
     def __exit__(self, *exc) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        self._file.close()
+        if self._is_new and not self._begun:
+            self.args.output.unlink()
 
     def note(self, text: str) -> None:
         if self.first:
@@ -63,6 +74,9 @@ class Output:
 
     def answer_all(self, session: Session, sampling: Sampling) -> int:
         """Exit code: 0, or 130 after Ctrl-C."""
+        self._begun = True
+        if self._file is not None and self.args.output.is_file():
+            self._file.truncate(0)
         if self.args.batch_file is None:
             return self._one(session, sampling)
         return self._many(session, sampling)
@@ -131,7 +145,10 @@ class Output:
             "prompt_tokens": answer.prompt_tokens,
             "new_tokens": answer.new_tokens,
         }
-        print(json.dumps(line, ensure_ascii=False), file=self._file or sys.stdout, flush=True)
+        out = self._file or sys.stdout
+        encoding = getattr(out, "encoding", None) or "utf-8"
+        # Python's escapes in other encodings would be none of JSON's
+        print(json.dumps(line, ensure_ascii=not encoding.lower().startswith("utf")), file=out, flush=True)
 
     def _speed(self, run: Answering, about: str) -> None:
         if not self.first:

@@ -32,13 +32,14 @@ def prompts_of(
     Raises:
         GenerationError: shapes that do not fit together, a row of padding alone, or image tokens that do not fit the images.
     """
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
-        raise GenerationError(
-            f"input_ids are {list(input_ids.shape)} {input_ids.dtype}; allowed: (batch, seq) integers, 1 and more of both"
-        )
+    check_ids(input_ids)
     if attention_mask is None:
         infers = pad is not None and pad not in stops
         kept = input_ids != pad if infers else torch.ones_like(input_ids, dtype=torch.bool)
+    elif not isinstance(attention_mask, Tensor):
+        raise GenerationError(
+            f"attention_mask is a {type(attention_mask).__name__}; allowed: a tensor like input_ids, 0 where there is padding"
+        )
     elif attention_mask.shape != input_ids.shape:
         raise GenerationError(
             f"attention_mask is {list(attention_mask.shape)} for input_ids {list(input_ids.shape)}; allowed: the same, of padding"
@@ -56,10 +57,28 @@ def prompts_of(
     return [Prompt(tuple(row.tolist()), share) for row, share in zip(rows, shares)]
 
 
+def check_ids(input_ids: Tensor) -> None:
+    """Raises GenerationError for what is no batch of ids."""
+    if not isinstance(input_ids, Tensor):
+        raise GenerationError(
+            f"input_ids are a {type(input_ids).__name__}; allowed: a tensor of (batch, seq) integers, as "
+            'tokenizer(..., return_tensors="pt") gives it'
+        )
+    no_ids = input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool
+    if input_ids.dim() != 2 or no_ids or not input_ids.numel():
+        raise GenerationError(
+            f"input_ids are {list(input_ids.shape)} {input_ids.dtype}; allowed: (batch, seq) integers, 1 and more of both"
+        )
+
+
 def images_of(pixels: Tensor | None, sizes: Tensor | Sequence | None) -> list[np.ndarray]:
     """Each image's own part of the canvas, (channels, height, width) float32."""
     if pixels is None:
         return []
+    if not isinstance(pixels, Tensor):
+        raise GenerationError(
+            f"pixel_values are a {type(pixels).__name__}; allowed: a tensor (images, channels, height, width)"
+        )
     if pixels.dim() != 4:
         raise GenerationError(f"pixel_values are {list(pixels.shape)}; allowed: (images, channels, height, width)")
     sizes = (

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from m3kernels.models.generation.batches import padded, prompts_of
+from m3kernels.models.generation.batches import check_ids, padded, prompts_of
 from m3kernels.models.generation.engine import EVERY, Generator, Run
 from m3kernels.models.generation.options import Choice, choice_of, ids_of, merged
 from m3kernels.models.generation.prompt import GenerationError, Prompt
@@ -59,6 +59,7 @@ class Call:
             if begin is None:
                 raise GenerationError("there are no input_ids, and no bos_token_id to begin with: give input_ids")
             input_ids = torch.tensor([[begin]], device=model.device)
+        check_ids(input_ids)
         sets_length = any(source.get("max_length") is not None for source in (given, *_dicts(configs)))
         choice = choice_of(
             values,
@@ -73,6 +74,14 @@ class Call:
 
     def rows(self, generator: Generator, streamer: BaseStreamer | None = None) -> Tensor | GenerateDecoderOnlyOutput:
         """(batch, seq + new) ids, in transformers' output class where that was asked for."""
+        # another thread's call would take the cache: it waits
+        with generator.lock:
+            rows = self._rows(generator, streamer)
+        sequences = padded(self.input_ids, rows, self.choice.pad)
+        return GenerateDecoderOnlyOutput(sequences=sequences) if self.choice.returns_dict else sequences
+
+    def _rows(self, generator: Generator, streamer: BaseStreamer | None) -> list[list[int]]:
+        """The new tokens of each row, with the one that ended it."""
         if streamer is not None:
             streamer.put(self.input_ids.cpu())
         # which of the end-of-sequence ids was drawn stands in the output: the engine leaves it out
@@ -94,8 +103,7 @@ class Call:
                 streamer.put(torch.tensor(step))
         if streamer is not None:
             streamer.end()
-        sequences = padded(self.input_ids, rows, self.choice.pad)
-        return GenerateDecoderOnlyOutput(sequences=sequences) if self.choice.returns_dict else sequences
+        return rows
 
     def bursts(self, generator: Generator, every: int = 1) -> Run:
         """The engine's iterator of new tokens, without those that end a sequence."""

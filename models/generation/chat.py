@@ -240,7 +240,10 @@ def _shipped_system(folder: Path, name: str) -> str:
     file = folder / SYSTEM_FILE
     if not file.is_file():
         raise GenerationError(f"{folder} has no {SYSTEM_FILE}: give a system prompt of your own, or none")
-    text, today = file.read_text(encoding="utf-8"), datetime.date.today()
+    try:
+        text, today = file.read_text(encoding="utf-8"), datetime.date.today()
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"{file} is no UTF-8 text ({error}); get it again") from error
     yesterday = today - datetime.timedelta(days=1)
     for key, value in (("name", name), ("today", today.isoformat()), ("yesterday", yesterday.isoformat())):
         text = text.replace("{" + key + "}", value)

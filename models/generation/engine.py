@@ -1,5 +1,6 @@
 """Generation: ragged prompts into a cache, then one token a row and step, on the device, without waiting for it."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class Generator:
                 "in as many processes as tp has ranks"
             )
         self.model, self.chunk = model, chunk
+        # held while the cache is written; a caller that wants its rows whole holds it to their end
+        self.lock = threading.RLock()
         self.kv_dtype = KV_DTYPES.get(kv_dtype)
         self.group = None if layout is None else layout.tp_group
         self._graphs = graphs
@@ -143,6 +146,7 @@ class Generator:
         for token in sampling.stop_tokens:
             if not 0 <= token < self.model.config.text.vocab_size:
                 raise GenerationError(f"stop token {token}; the model has {self.model.config.text.vocab_size} ids")
+<<<<<<< HEAD
         self._notice_changes()
         longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
         state, ticket = self._state_for(plans, longest)
@@ -151,6 +155,19 @@ class Generator:
         state.begin([len(plan.keys) for plan in plans], sampling)
         state.draw(logits_BV)
         return Run(self, state, ticket, sampling, every)
+=======
+        # from several threads, one call after the other
+        with self.lock:
+            self._notice_changes()
+            longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
+            state = self._state_for(plans, longest)
+            with _evaluating(self.model):
+                logits_BV = Prefill(self.model, self.chunk)(plans, state.cache)
+            state.begin([len(plan.keys) for plan in plans], sampling)
+            state.draw(logits_BV)
+            state.keys = [plan.keys for plan in plans]
+            return Run(self, state, len(plans), sampling, every)
+>>>>>>> gen-user
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling = Sampling()) -> list[Generation]:
         """All tokens of all prompts; raises as :meth:`start`."""
@@ -202,14 +219,16 @@ class Run:
             self.results[row].reason = "stop"
 
     def _bursts(self) -> Iterator[list[list[int]]]:
+<<<<<<< HEAD
         waiting = deque([self._first])
+=======
+        waiting = deque([self._launch(0)])
+>>>>>>> gen-user
         launched, most = 1, self._sampling.max_new_tokens
         while self._open:
             while launched < most and len(waiting) < self._ahead:
                 count = min(self._every, most - launched)
-                self._state.check(self._ticket)
-                self._state.run(count, graph=self._generator.graphs)
-                waiting.append(self._state.fetch(count))
+                waiting.append(self._launch(count))
                 launched += count
             if not waiting:
                 break
@@ -217,6 +236,14 @@ class Run:
         for row in self._open:
             self.results[row].reason = "length"
         self._open.clear()
+
+    def _launch(self, count: int) -> Callable[[], Tensor]:
+        """So many steps, or none after the first token; a call that waits for their tokens."""
+        with self._generator.lock:
+            self._state.check(self._ticket)
+            if count:
+                self._state.run(count, graph=self._generator.graphs)
+            return self._state.fetch(count or 1)
 
     def _take(self, fetched: Callable[[], Tensor]) -> list[list[int]]:
         """The burst's tokens by row, up to their stop token."""

@@ -43,7 +43,7 @@ def generate(
 
     The model's weights are used where they are, and stay as they are; it may be patched or not, and be trained further.
     The engine's cache and its CUDA graph live as long as the model does. Every call reads its prompts anew: weights may
-    have changed in between.
+    have changed in between. Calls from several threads wait for one another.
 
     Args:
         hf_model: ``Ministral3ForCausalLM`` or ``Mistral3ForConditionalGeneration``, whole on one device; also inside PEFT,

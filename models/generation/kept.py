@@ -1,5 +1,6 @@
 """A model's generator from call to call, while the model lives and its parameters are the same."""
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +20,18 @@ class Kept:
 
 # an attribute of the model would be copied and saved along; nothing in a value may refer to its key
 _kept: "weakref.WeakKeyDictionary[nn.Module, Kept]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def generator_of(model: nn.Module, fingerprint: tuple, make: Callable[[], Generator]) -> Generator:
     """The model's generator, made where there is none with this fingerprint, without what its last call computed."""
-    kept = _kept.get(model)
-    if kept is None or kept.fingerprint != fingerprint:
-        _kept.pop(model, None)
-        kept = _kept[model] = Kept(fingerprint, make())
+    # threads that begin together share one
+    with _lock:
+        kept = _kept.get(model)
+        if kept is None or kept.fingerprint != fingerprint:
+            _kept.pop(model, None)
+            kept = _kept[model] = Kept(fingerprint, make())
     # weights may have changed in place without a trace: through p.data, or by a kernel
-    kept.generator.forget()
+    with kept.generator.lock:
+        kept.generator.forget()
     return kept.generator

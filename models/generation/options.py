@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from m3kernels.models.generation.prompt import GenerationError, Sampling
+from m3kernels.models.generation.prompt import GenerationError, Sampling, real, whole
 
 logger = logging.getLogger("m3kernels")
 
@@ -68,12 +68,15 @@ NEUTRAL: dict[str, tuple] = {
     "output_hidden_states": (False,),
     "output_scores": (False,),
     "output_logits": (False,),
+    # an empty list of any class
+    "logits_processor": ([],),
+    "stopping_criteria": ([],),
 }
 
 # arguments of transformers' generate and inputs of its forward that are refused with any value
 REFUSED = (
     *("inputs_embeds", "past_key_values", "cache", "position_ids", "labels", "cu_seq_lens_q", "mm_encoder_outputs"),
-    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer"),
+    *("prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer"),
     *("negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "tokenizer", "adapter_names"),
 )
 
@@ -100,6 +103,9 @@ def merged(given: Mapping[str, Any], *configs: GenerationConfig | None) -> dict[
         GenerationError: an option that changes what comes out and that is not there.
         TypeError: one that transformers does not know either.
     """
+    for config in configs:
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise TypeError(f"generation_config is a {type(config).__name__}; give a transformers GenerationConfig")
     known = set(GenerationConfig().to_dict()) | {*TAKEN, *TOKENS, *WITHOUT_EFFECT, *NEUTRAL, *REFUSED}
     for name in given:
         if name not in known:
@@ -121,7 +127,7 @@ def merged(given: Mapping[str, Any], *configs: GenerationConfig | None) -> dict[
 def _refusal(name: str, value: Any, in_call: bool) -> str:
     said = f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
     origin = "" if in_call else ", from the generation config,"
-    neutral = f" or leave it at {NEUTRAL[name][0]!r}" if name in NEUTRAL else " or leave it out"
+    neutral = f" or leave it at {NEUTRAL[name][0]!r}" if NEUTRAL.get(name, ([],))[0] != [] else " or leave it out"
     return f"{said}{origin} is not in the fast path: call hf_model.generate(...) for it,{neutral}"
 
 
@@ -141,14 +147,18 @@ def choice_of(
     """
     most = values.get("max_new_tokens")
     if most is None:
-        end = values["max_length"] if sets_length else min(length + DEFAULTS["max_length"], max_positions)
+        end = (
+            whole("max_length", values["max_length"])
+            if sets_length
+            else min(length + DEFAULTS["max_length"], max_positions)
+        )
         most = end - length
         if most < 1:
             raise GenerationError(
                 f"input_ids have {length} columns, and max_length is {end}: nothing is left to generate; give max_new_tokens"
             )
     samples = bool(values["do_sample"])
-    temperature = 1.0 if values["temperature"] is None else float(values["temperature"])
+    temperature = 1.0 if values["temperature"] is None else real("temperature", values["temperature"])
     if samples and not temperature > 0:
         raise GenerationError(f"temperature={temperature} with do_sample=True; allowed: above 0, or do_sample=False")
     if not samples and temperature != DEFAULTS["temperature"]:
@@ -158,7 +168,7 @@ def choice_of(
     drawing = {}
     if samples:
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        top_k, top_p = int(values["top_k"] or 0), 1.0 if values["top_p"] is None else float(values["top_p"])
+        top_k, top_p = values["top_k"] or 0, 1.0 if values["top_p"] is None else values["top_p"]
         drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     stops = ids_of(values.get("eos_token_id"))
     pad = next(iter(ids_of(values.get("pad_token_id"))), stops[0] if stops else None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,22 @@ _IMAGE = 1 << 62
 
 class GenerationError(ValueError):
     """A prompt, an option or a checkpoint that nothing can be generated from; the message says what is allowed."""
+
+
+def whole(name: str, value) -> int:
+    """An option's value as int; raises GenerationError for what is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise GenerationError(f"{name}={value!r}; allowed: a whole number") from None
+
+
+def real(name: str, value) -> float:
+    """An option's value as float; raises GenerationError for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise GenerationError(f"{name}={value!r}; allowed: a number") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +86,10 @@ class Sampling:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
+        for name in ("max_new_tokens", "top_k", "seed"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, real(name, getattr(self, name)))
         if self.max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens={self.max_new_tokens}; allowed: 1 and more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

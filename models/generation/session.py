@@ -145,6 +145,7 @@ class Session:
         system: str | None = None,
         shipped_system: bool = False,
         dtype: torch.dtype | None = None,
+        fp8: bool = False,
         device: str = "auto",
         mesh: DeviceMesh | None = None,
         kv_dtype: str | None = None,
@@ -155,7 +156,7 @@ class Session:
         chat = Chat.open(hf_model_path, system=system, shipped_system=shipped_system, revision=revision)
         tp = 1 if mesh is None else mesh["tp"].size()
         found = find(hf_model_path, checkpoint_path=checkpoint_path, adapter=adapter, revision=revision, tp=tp)
-        model = load(found, dtype=dtype, device=place, mesh=mesh, progress=progress)
+        model = load(found, dtype=dtype, fp8=fp8, device=place, mesh=mesh, progress=progress)
         return cls(chat, Generator(model, kv_dtype=kv_dtype), found.notices)
 
     def start(
@@ -179,7 +180,10 @@ class Session:
         """
         prompts = [self.chat.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         if not sampling.stop_tokens:
-            sampling = replace(sampling, stop_tokens=self.chat.stop_tokens)
+            # a generation_config.json may name ids that the model does not have: they never come
+            known = range(self.generator.model.config.text.vocab_size)
+            stops = tuple(token for token in self.chat.stop_tokens if token in known)
+            sampling = replace(sampling, stop_tokens=stops)
         on_gpu = self.generator.model.device.type == "cuda"
         every = (STREAMED if on_gpu else 1) if stream else EVERY
         return Answering(self.generator, self.chat, prompts, sampling, stop, every)

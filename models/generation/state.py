@@ -146,6 +146,7 @@ class State:
         """A call that waits for the last ``count`` draws, (count, B), and no longer."""
         drawn = self.drawn[self._counted - count + 1 : self._counted + 1]
         if self.device.type != "cuda":
+            # the next call's draws go to the same place
             drawn = drawn.clone()
             return lambda: drawn
         host = torch.empty(drawn.shape, dtype=torch.long, pin_memory=True)

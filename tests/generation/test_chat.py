@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 from data_chats import BOS, CHATS, END_INST, END_SYSTEM, IMG, IMG_END, INST, SYSTEM, letter, record, user
 from data_folders import mistral_folder, processor_folder
 from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk, ThinkChunk
@@ -225,3 +226,22 @@ def test_wrong_conversations_and_folders_are_refused(tmp_path):
         Chat.open(tmp_path / "none")
     with pytest.raises(GenerationError, match="this prompt is raw"):
         Chat.open(processor_folder(template=False), system="S").prompt("A")
+
+
+@pytest.mark.parametrize(
+    "content", ["version https://git-lfs.github.com/spec/v1", "[]", "{}"], ids=["lfs", "list", "empty"]
+)
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json"])
+def test_damaged_tokenizers_are_refused(name, content, tmp_path):
+    folder = tiny.copy(tiny.checkpoint(), tmp_path / "copy")
+    (folder / "tekken.json").unlink()
+    (folder / name).write_text(content)
+    with pytest.raises(GenerationError, match=f"{name}.* again"):
+        Chat.open(folder)
+
+
+def test_a_system_prompt_that_is_no_text(tmp_path):
+    folder = tiny.copy(tiny.checkpoint(), tmp_path / "copy")
+    (folder / "SYSTEM_PROMPT.txt").write_bytes(b"\xff")
+    with pytest.raises(GenerationError, match="SYSTEM_PROMPT.txt is no UTF-8 text"):
+        Chat.open(folder, shipped_system=True)

@@ -1,6 +1,7 @@
 """``m3kernels generate`` and Megatron-Bridge's script: what they print, write and refuse."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -282,3 +283,38 @@ def test_two_ranks_say_what_one_says(picture, tmp_path):
     answer = tiny.expected(tiny.chat().prompt("Hello", [picture]), 5)
     assert done.stdout == f"Prompt: Hello\nImage: {picture}\nCompletion: {answer}\n"
     assert json.loads(output.read_text())["text"] == answer
+
+
+def test_lines_are_json_in_every_encoding(tmp_path, monkeypatch):
+    """Also of an id that UTF-8 does not hold."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "A", "id": "\ud800\U0001f600é"}))
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+        assert generate("--batch-file", tmp_path / "p.jsonl") == 0
+        assert json.loads(raw.getvalue().decode(encoding))["id"] == "\ud800\U0001f600é"
+    assert generate("--batch-file", tmp_path / "p.jsonl", "--output", tmp_path / "out.jsonl") == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["id"] == "\ud800\U0001f600é"
+
+
+def test_a_closed_standard_output(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert generate("--prompt", "A", "--output", tmp_path / "out.jsonl") == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["text"]
+
+
+def test_output_is_replaced_once_the_model_is_there(monkeypatch, tmp_path):
+    from m3kernels.models.generation import loading
+
+    def fails(*args, **options):
+        raise OSError("the disk is gone")
+
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text("before\n")
+    with monkeypatch.context() as broken:
+        broken.setattr(loading, "load", fails)
+        assert generate("--prompt", "A", "--output", old, "--overwrite") == 2
+        assert generate("--prompt", "A", "--output", new) == 2
+    assert old.read_text() == "before\n" and not new.exists()
+    assert generate("--prompt", "A", "--output", old, "--overwrite") == 0
+    assert len(old.read_text(encoding="utf-8").splitlines()) == 1 and "before" not in old.read_text(encoding="utf-8")

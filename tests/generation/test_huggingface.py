@@ -3,12 +3,13 @@
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from test_patch_fp8 import BLOCKS, dequantised, quantise
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import m3kernels
@@ -250,6 +251,12 @@ def test_refused_options_may_stand_in_configs():
     assert torch.equal(ours(model, batch, repetition_penalty=1.0), theirs(model, batch, repetition_penalty=1.0))
 
 
+def test_empty_lists_of_processors_and_criteria_change_nothing():
+    model = build()
+    options = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()}
+    assert_same_tokens(model, inputs(text_batch(model)), **options)
+
+
 def test_wrong_inputs():
     model, vlm = build(), build("vlm")
     batch, seen = inputs(text_batch(model)), inputs(vlm_batch(vlm, IMAGES))
@@ -258,6 +265,27 @@ def test_wrong_inputs():
         (model, {}, {"max_length": 21, "max_new_tokens": None}, GenerationError, "nothing is left to generate"),
         (model, {}, {"do_sample": True, "temperature": 0.0}, GenerationError, "temperature=0.0"),
         (model, {}, {"max_new_tokens": 1000}, GenerationError, "256 positions"),
+        (model, {}, {"max_new_tokens": 1.5}, GenerationError, "max_new_tokens=1.5; allowed: a whole number"),
+        (model, {}, {"max_length": "9", "max_new_tokens": None}, GenerationError, "max_length='9'; allowed"),
+        (model, {}, {"do_sample": True, "temperature": "a"}, GenerationError, "temperature='a'; allowed: a number"),
+        (model, {}, {"do_sample": True, "seed": "a"}, GenerationError, "seed='a'; allowed: a whole number"),
+        (model, {}, {"generation_config": {"max_new_tokens": 3}}, TypeError, "generation_config is a dict"),
+        (
+            model,
+            {"input_ids": batch["input_ids"].tolist()},
+            {},
+            GenerationError,
+            "input_ids are a list; allowed: a tensor",
+        ),
+        (model, {"input_ids": batch["input_ids"] > 20}, {}, GenerationError, "torch.bool; allowed"),
+        (model, {"attention_mask": [[1] * 21] * 2}, {}, GenerationError, "attention_mask is a list"),
+        (
+            vlm,
+            {**seen, "pixel_values": seen["pixel_values"].numpy()},
+            {},
+            GenerationError,
+            "pixel_values are a ndarray",
+        ),
         (model, {"attention_mask": torch.ones(2, 20)}, {}, GenerationError, "attention_mask is"),
         (model, {"attention_mask": torch.zeros(2, 21)}, {}, GenerationError, "0 everywhere"),
         (model, {"input_ids": torch.zeros(21, dtype=torch.long)}, {}, GenerationError, "allowed: .batch, seq."),
@@ -509,3 +537,12 @@ def test_a_generator_for_every_kv_dtype():
     assert_same_tokens(model, batch)
     with pytest.raises(GenerationError, match="kv_dtype='fp4'"):
         ours(model, batch, kv_dtype="fp4")
+
+
+def test_threads_wait_for_one_another():
+    model = build()
+    batches = [inputs(text_batch(model, seed=seed)) for seed in (1, 2, 3)]
+    want = [theirs(model, batch) for batch in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        got = list(pool.map(lambda batch: ours(model, batch), batches * 3))
+    assert all(torch.equal(rows, expected) for rows, expected in zip(got, want * 3))

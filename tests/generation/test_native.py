@@ -112,3 +112,13 @@ def test_defaults_of_the_checkpoint(tmp_path):
     assert ours.generate(ids, max_new_tokens=2).shape == (2, 23)
     with pytest.raises(TypeError, match="takes no max_tokens"):
         ours.generate(ids, max_tokens=2)
+
+
+def test_a_stream_gives_nothing_of_another_call():
+    """Not even its first token, which was drawn before."""
+    model = like(hf := build())
+    first, other = (text_batch(hf, seed=seed)["input_ids"] for seed in (1, 2))
+    run = model.stream(first, **GREEDY)
+    model.generate(other, **GREEDY)
+    with pytest.raises(GenerationError, match="another call has begun"):
+        next(run)

@@ -110,3 +110,27 @@ def test_files_without_prompts(tmp_path):
             read_requests(file, tiny.chat())
     (request,) = read_requests(write(tmp_path, '[{"prompt": "A"}]', name="list.json"), tiny.chat())
     assert request.where == "list.json row 0"
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "a.jsonl:1: the line's lists and objects lie too deep"),
+        ("a.json", b"[" * 100_000, "its lists and objects lie too deep"),
+        ("a.parquet", b"PAR1 and then nothing", "a.parquet is no parquet file, or a damaged one"),
+    ],
+    ids=["jsonl", "json", "parquet"],
+)
+def test_damaged_files_are_refused(name, content, reason, tmp_path):
+    if name.endswith(".parquet"):
+        pytest.importorskip("datasets")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(GenerationError, match=reason):
+        read_requests(tmp_path / name, tiny.chat())
+
+
+def test_what_is_no_file_is_not_said_to_be_missing():
+    with pytest.raises(GenerationError, match="/dev/null is a folder, pipe or device"):
+        read_requests("/dev/null", tiny.chat())
+    with pytest.raises(GenerationError, match="/dev/null is a pipe or a device"):
+        tiny.chat().prompt("A", ["/dev/null"])

@@ -26,7 +26,8 @@ class Script:
 
     def __init__(self, *rows, ends="length", broken=None):
         self.rows, self.ends, self.broken = rows, ends, broken
-        self.model = SimpleNamespace(device=torch.device("cpu"))
+        config = SimpleNamespace(text=SimpleNamespace(vocab_size=tiny.runs.VOCAB))
+        self.model = SimpleNamespace(device=torch.device("cpu"), config=config)
 
     def start(self, prompts, sampling, *, every):
         self.every, self.sampling, self.stopped = every, sampling, []
@@ -129,3 +130,17 @@ def test_end_tokens_are_the_checkpoints_unless_given(session, monkeypatch):
 def test_bad_stop_strings_are_found_before_prompts_are_read(session):
     with pytest.raises(GenerationError, match="texts of one character"):
         Answering(None, session.chat, [Prompt((1,))], Sampling(), [""], 1)
+
+
+def test_end_tokens_that_the_model_does_not_have_never_come(tmp_path):
+    folder = tiny.copy(tiny.checkpoint(), tmp_path / "copy")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 10000000]}')
+    sampling = Sampling(max_new_tokens=4)
+    (want,), (got,) = (Session.open(f, device="cpu").answer(["A"], sampling) for f in (tiny.checkpoint(), folder))
+    assert got == want
+
+
+def test_fp8_weights_as_of_the_command():
+    session = Session.open(tiny.checkpoint(), device="cpu", fp8=True)
+    body = session.generator.model.model.language_model
+    assert body.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn

@@ -111,6 +111,8 @@ def _stream(reference) -> tuple:
     path = Path(reference)
     if path.is_dir():
         raise BadRecord("", f"the image {path} is a folder; an image is one file")
+    if path.exists() and not path.is_file():
+        raise BadRecord("", f"the image {path} is a pipe or a device; an image is one file")
     if not path.is_file():
         raise BadRecord("", f"the image {path} does not exist")
     return path, label

@@ -33,7 +33,11 @@ class MistralChat:
     """
 
     def __init__(self, file: Path, *, max_image_size: int | None) -> None:
-        self.tokenizer = MistralTokenizer.from_file(str(file), mode=ValidationMode.finetuning)
+        try:
+            self.tokenizer = MistralTokenizer.from_file(str(file), mode=ValidationMode.finetuning)
+        # a damaged file, or a Git LFS pointer: whatever its reader stumbles over
+        except Exception as error:
+            raise FinetuneError(f"{file} is no tekken.json ({type(error).__name__}: {error}); get it again") from error
         self.instruct = self.tokenizer.instruct_tokenizer
         self.tekken = self.instruct.tokenizer
         self.bos, self.eos, self.pad = self.tekken.bos_id, self.tekken.eos_id, self.tekken.pad_id

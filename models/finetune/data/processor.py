@@ -33,7 +33,14 @@ class FastTokenizer:
             raise FinetuneError(
                 f"{folder} has neither tekken.json nor tokenizer.json; copy the tokenizer's files of the checkpoint there"
             )
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        # a damaged file, or a Git LFS pointer: whatever its reader stumbles over; tokenizers raises bare Exceptions
+        except Exception as error:
+            raise FinetuneError(
+                f"the tokenizer's files of {folder} cannot be read ({type(error).__name__}: {error}); get tokenizer.json "
+                "and tokenizer_config.json again"
+            ) from error
         self.bos, self.eos, self.pad = (self._id(name) for name in ("bos", "eos", "pad"))
         self.specials = {str(token): n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._names = {n: name for name, n in self.specials.items()}

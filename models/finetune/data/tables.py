@@ -88,6 +88,8 @@ class JsonLines:
             raise BadRecord(self.where(i), f"the line is no JSON ({error.msg}: character {error.pos + 1})") from error
         except ValueError as error:
             raise BadRecord(self.where(i), f"the line is no JSON ({error})") from error
+        except RecursionError as error:
+            raise BadRecord(self.where(i), "the line's lists and objects lie too deep in each other") from error
 
     def _line(self, i: int) -> bytes:
         # opened each time: a handle shared by forked workers would share its position
@@ -109,6 +111,8 @@ class JsonList:
             self.rows = json.loads(data)
         except ValueError as error:
             raise FinetuneError(f"{path} is no JSON ({error}); one object a line goes into a .jsonl file") from error
+        except RecursionError as error:
+            raise FinetuneError(f"{path}: its lists and objects lie too deep in each other") from error
         if not isinstance(self.rows, list):
             raise FinetuneError(f"{path} holds {kind_of(self.rows)}; it must be a list of objects, or .jsonl")
         self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -258,8 +262,10 @@ def open_file(path: Path) -> Table:
     """A JSONL, JSON or parquet file.
 
     Raises:
-        FinetuneError: no such file, or another kind.
+        FinetuneError: no such file, another kind, or one that is damaged.
     """
+    if path.exists() and not path.is_file():
+        raise FinetuneError(f"the data file {path} is a folder, pipe or device; allowed: a file, {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise FinetuneError(f"the data file {path} does not exist")
     if path.suffix == ".jsonl":
@@ -268,8 +274,11 @@ def open_file(path: Path) -> Table:
         return JsonList(path)
     if path.suffix == ".parquet":
         datasets = need_datasets("parquet files")
-        with bars_on_terminals():
-            data = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        try:
+            with bars_on_terminals():
+                data = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        except (ValueError, datasets.exceptions.DatasetsError) as error:
+            raise FinetuneError(f"{path} is no parquet file, or a damaged one ({error})") from error
         return ArrowRows(
             data, name=path.name, place=f"{path.name} row ", fingerprint=file_fingerprint(path), folder=path.parent
         )
