@@ -13,7 +13,7 @@ from torch import Tensor
 from m3kernels.models.generation.prefill import Plan, Prefill, planned
 from m3kernels.models.generation.prompt import GenerationError, Prompt, Sampling
 from m3kernels.models.generation.state import State
-from m3kernels.models.generation.step import DecodeStep, evaluating, module_step, why_not_fused
+from m3kernels.models.generation.step import DecodeStep, evaluating, module_step, states_of, why_not_fused
 from m3kernels.models.ministral3 import Ministral3
 from m3kernels.ops.fp8_dequantize import FP8
 from m3kernels.parallel import local
@@ -96,6 +96,7 @@ class Generator:
             self.step: Callable = DecodeStep(model) if self.fused else module_step(model)
         self._state = None
         # their dicts, not the modules: where the caller has given a weak proxy, the model itself must not be held
+        self._states = states_of(model)
         self._held = [tensors for module in model.modules() for tensors in (module._parameters, module._buffers)]
         self._modules = [(parent._modules, *item) for parent in model.modules() for item in parent._modules.items()]
         self._memory, self._versions = self._seen()
@@ -150,7 +151,7 @@ class Generator:
             self._notice_changes()
             longest = max(len(plan.keys) for plan in plans) + sampling.max_new_tokens
             state, ticket = self._state_for(plans, longest)
-            with evaluating(self.model):
+            with evaluating(self._states):
                 logits_BV = Prefill(self.model, self.chunk)(plans, state.cache)
             state.begin([len(plan.keys) for plan in plans], sampling)
             state.draw(logits_BV)

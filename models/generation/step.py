@@ -150,9 +150,10 @@ def why_not_fused(model: Ministral3) -> str:
     """Why a model's decode step runs module by module, or an empty string."""
     body = model.model.language_model
     for module in (*body.modules(), model.lm_head):
-        if getattr(module, "lora_A", None) is not None:
+        # not by getattr: what a module lacks takes it a microsecond, and every call asks
+        if "lora_A" in module._parameters or "lora_A" in module._modules:
             return "it has adapters: merge_adapters(model) puts them into the weights"
-        if getattr(module, "block_size", None) is not None:
+        if vars(module).get("block_size") is not None:
             return "its FP8 weights have a scale for each block: quantize='fp8' makes one for each row"
         if has_hooks(module):
             return f"{type(module).__name__} has hooks"
@@ -163,29 +164,34 @@ def why_not_fused(model: Ministral3) -> str:
     return ""
 
 
+def states_of(model: nn.Module) -> list[dict]:
+    """The attributes of each module: walking through all of them at every call would take a millisecond."""
+    return [vars(module) for module in model.modules()]
+
+
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module trains again that did."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def evaluating(states: list[dict]) -> Iterator[None]:
+    """Without dropout in modules of these ``states_of``; afterwards each module trains again that did."""
+    training = [state for state in states if state["training"]]
+    for state in training:
+        state["training"] = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for state in training:
+            state["training"] = True
 
 
 def module_step(model: Ministral3) -> Callable[[Tensor, Tensor, Tensor, KVCache], Tensor]:
     """The same step through the model's own modules, for what the fused one does not compute."""
-    group = None if model.layout is None else model.layout.tp_group
+    group, states = None if model.layout is None else model.layout.tp_group, states_of(model)
 
     def step(ids_B: Tensor, positions_B: Tensor, filled_B: Tensor, cache: KVCache) -> Tensor:
         rows = len(ids_B)
         sequences = Sequences((1,) * rows, tuple(range(rows)), ids_B.device)
         tokens = Tokens(ids_B, positions_B, sequences, None, (rows,))
         tokens = tokens if group is None else tokens.padded_to(group.size())
-        with evaluating(model):
+        with evaluating(states):
             x_tD = model.hidden_states(tokens, cache=cache, group=group)
         return model.logits(x_tD, tokens, 0, group).to(_wide(x_tD))
 
