@@ -47,11 +47,12 @@ def line_of(text: str, begins: str) -> list[str]:
 
 
 def in_folder(monkeypatch, folder: Path) -> Path:
-    """A tree with an empty README and docs/attention.md for the report to write into."""
+    """A tree with an empty README and docs for the report to write into."""
     monkeypatch.setattr(report, "ROOT", folder)
     (folder / "docs").mkdir()
     for name in report.GRIDS:
         (folder / "docs" / f"{name}.md").write_text(f"<!-- {name} -->\n<!-- /{name} -->")
+    (folder / "docs" / "generation.md").write_text("<!-- decode -->\n<!-- /decode -->")
     readme = folder / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     return readme

@@ -18,8 +18,8 @@ from torch import Tensor
 from m3kernels.ops._attention_kernels import LOG2E, load_rows, softmax_end, softmax_step
 from m3kernels.ops._attention_triton import dense, like
 from m3kernels.ops._common import launch, next_power_of_2, overlap_meta, sm_count, use_triton
-from m3kernels.ops._decode_products import E4M3_HALF, as_number
-from m3kernels.ops._triton import INTERPRET, tl, triton
+from m3kernels.ops._decode_products import E4M3_HALF, as_number, moves_bits
+from m3kernels.ops._triton import tl, triton
 from m3kernels.ops.fp8_dequantize import FP8
 
 MAX_NEW_TOKENS = 16
@@ -369,7 +369,7 @@ def _launch(
         LENGTHS=lengths is not None,
         RANGES=ranges is not None,
         SCALED=k_scale is not None,
-        MOVED=k_scale is not None and q.dtype == torch.bfloat16 and not INTERPRET,
+        MOVED=k_scale is not None and moves_bits(q.dtype),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps_for(block_dim, k_scale is not None),
         num_stages=CONFIG.stages if block_dim * q.element_size() <= 256 else WIDE_STAGES,

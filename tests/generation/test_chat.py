@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny
+import tiny_checkpoints
 from data_chats import BOS, CHATS, END_INST, END_SYSTEM, IMG, IMG_END, INST, SYSTEM, letter, record, user
 from data_folders import mistral_folder, processor_folder
 from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk, ThinkChunk
@@ -233,7 +233,7 @@ def test_wrong_conversations_and_folders_are_refused(tmp_path):
 )
 @pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json"])
 def test_damaged_tokenizers_are_refused(name, content, tmp_path):
-    folder = tiny.copy(tiny.checkpoint(), tmp_path / "copy")
+    folder = tiny_checkpoints.copy(tiny_checkpoints.checkpoint(), tmp_path / "copy")
     (folder / "tekken.json").unlink()
     (folder / name).write_text(content)
     with pytest.raises(GenerationError, match=f"{name}.* again"):
@@ -241,7 +241,7 @@ def test_damaged_tokenizers_are_refused(name, content, tmp_path):
 
 
 def test_a_system_prompt_that_is_no_text(tmp_path):
-    folder = tiny.copy(tiny.checkpoint(), tmp_path / "copy")
+    folder = tiny_checkpoints.copy(tiny_checkpoints.checkpoint(), tmp_path / "copy")
     (folder / "SYSTEM_PROMPT.txt").write_bytes(b"\xff")
     with pytest.raises(GenerationError, match="SYSTEM_PROMPT.txt is no UTF-8 text"):
         Chat.open(folder, shipped_system=True)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_checkpoints
 from PIL import Image
 from test_session import Script, ids
 
@@ -31,7 +31,7 @@ def script():
 
 
 def generate(*arguments):
-    options = ["--hf-model-path", str(tiny.checkpoint()), "--device", "cpu", "--max-new-tokens", str(NEW)]
+    options = ["--hf-model-path", str(tiny_checkpoints.checkpoint()), "--device", "cpu", "--max-new-tokens", str(NEW)]
     return main(["generate", *options, *map(str, arguments)])
 
 
@@ -55,8 +55,8 @@ def scripted(monkeypatch):
 def test_one_prompt_with_images(capsys, picture):
     assert generate("--prompt", "A [IMG] B [IMG]", "--image-path", picture, "--image_path", picture) == 0
     out, err = capsys.readouterr()
-    prompt = tiny.chat().prompt("A [IMG] B [IMG]", [picture, picture])
-    answer = tiny.expected(prompt, NEW)
+    prompt = tiny_checkpoints.chat().prompt("A [IMG] B [IMG]", [picture, picture])
+    answer = tiny_checkpoints.expected(prompt, NEW)
     assert out == f"Prompt: A [IMG] B [IMG]\nImage: {picture}\nImage: {picture}\nCompletion: {answer}\n"
     assert re.search(
         rf"new tokens \({len(prompt.tokens)} tokens in, .*first token after [\d.]+ s, then [\d,.]+ tokens/s", err
@@ -64,20 +64,20 @@ def test_one_prompt_with_images(capsys, picture):
 
 
 def test_both_spellings_and_every_source_of_weights(capsys, tmp_path):
-    arguments = ["--checkpoint_path", tiny.native(), "--prompt=Hello_you", "--stream", "--top_p", "0.5"]
+    arguments = ["--checkpoint_path", tiny_checkpoints.native(), "--prompt=Hello_you", "--stream", "--top_p", "0.5"]
     assert generate(*arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith("Prompt: Hello_you\nCompletion: ") and out.endswith("\n") and len(out) > 30
-    assert generate("--prompt", "Hello", "--adapter", tiny.adapter(), "--output", tmp_path / "a.jsonl") == 0
+    assert generate("--prompt", "Hello", "--adapter", tiny_checkpoints.adapter(), "--output", tmp_path / "a.jsonl") == 0
     out = capsys.readouterr().out
     line = json.loads((tmp_path / "a.jsonl").read_text())
     assert out == f"Prompt: Hello\nCompletion: {line['text']}\n"
-    assert line["text"] != tiny.expected(tiny.chat().prompt("Hello"), NEW)
+    assert line["text"] != tiny_checkpoints.expected(tiny_checkpoints.chat().prompt("Hello"), NEW)
 
 
 def test_streamed_text_is_the_answer(capsys):
     assert generate("--prompt", "Hello", "--stream") == 0
-    answer = tiny.expected(tiny.chat().prompt("Hello"), NEW)
+    answer = tiny_checkpoints.expected(tiny_checkpoints.chat().prompt("Hello"), NEW)
     assert capsys.readouterr().out == f"Prompt: Hello\nCompletion: {answer}\n"
 
 
@@ -89,7 +89,7 @@ def test_drawn_tokens_go_by_the_seed(capsys):
     assert said[0] == said[1] != said[2]
     # the likeliest alone
     assert generate("--prompt", "Hello", "--temperature", "1.5", "--top_k", "1", "--seed", "5") == 0
-    answer = tiny.expected(tiny.chat().prompt("Hello"), NEW)
+    answer = tiny_checkpoints.expected(tiny_checkpoints.chat().prompt("Hello"), NEW)
     assert capsys.readouterr().out == f"Prompt: Hello\nCompletion: {answer}\n"
 
 
@@ -115,7 +115,8 @@ def test_ctrl_c_leaves_what_there_is(capsys, scripted, stream, tmp_path):
 def test_a_signal_ends_a_stream_with_what_there_is(tmp_path):
     """A process and a real Ctrl-C: the answer would never end."""
     code = (
-        "import sys, time; sys.path[:0] = sys.argv[1].split(','); import tiny; from test_session import Script, ids\n"
+        "import sys, time; sys.path[:0] = sys.argv[1].split(',')\n"
+        "from test_session import Script, ids\n"
         "from m3kernels.cli import main; from m3kernels.models.generation import engine\n"
         "class Slow(Script):\n"
         "    def __iter__(self):\n"
@@ -128,7 +129,7 @@ def test_a_signal_ends_a_stream_with_what_there_is(tmp_path):
         *(ROOT / "tests" / name for name in ("finetune", "generation", "models")),
         ROOT / "examples",
     ]
-    command = [sys.executable, "-c", code, ",".join(map(str, paths)), str(tiny.checkpoint())]
+    command = [sys.executable, "-c", code, ",".join(map(str, paths)), str(tiny_checkpoints.checkpoint())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
     begun = process.stdout.readline() + process.stdout.read(30)
     process.send_signal(signal.SIGINT)
@@ -144,9 +145,9 @@ def test_a_file_of_prompts(capsys, tmp_path, picture):
         {"messages": [{"role": "user", "content": "Bye"}]},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chat = tiny.chat()
+    chat = tiny_checkpoints.chat()
     prompts = [chat.prompt("Hello"), chat.prompt("What?", [picture]), chat.prompt("Bye")]
-    expected = [tiny.expected(prompt, NEW) for prompt in prompts]
+    expected = [tiny_checkpoints.expected(prompt, NEW) for prompt in prompts]
     for size in (1, 2, 3):
         assert generate("--batch-file", tmp_path / "p.jsonl", "--batch-size", size) == 0
         out, err = capsys.readouterr()
@@ -238,7 +239,7 @@ def test_unknown_flags_exit_2(capsys):
 
 
 def test_a_base_checkpoint_is_raw_and_says_so(capsys, tmp_path):
-    base = tiny.copy(tiny.checkpoint(), tmp_path / "base")
+    base = tiny_checkpoints.copy(tiny_checkpoints.checkpoint(), tmp_path / "base")
     (base / "tokenizer_config.json").write_text("{}")
     options = [
         "generate",
@@ -253,20 +254,31 @@ def test_a_base_checkpoint_is_raw_and_says_so(capsys, tmp_path):
     ]
     assert main(options) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[1] == "Completion: " + tiny.expected(tiny.chat().prompt("The cat", raw=True), 4)
+    assert out.splitlines()[1] == "Completion: " + tiny_checkpoints.expected(
+        tiny_checkpoints.chat().prompt("The cat", raw=True), 4
+    )
     assert "has no chat template" in err
     assert main([*options, "--no-raw"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[1] == "Completion: " + tiny.expected(tiny.chat().prompt("The cat"), 4)
+    assert out.splitlines()[1] == "Completion: " + tiny_checkpoints.expected(
+        tiny_checkpoints.chat().prompt("The cat"), 4
+    )
     assert "chat template" not in err
 
 
 def test_megatron_bridges_script(capsys, picture):
-    flags = ["--hf_model_path", str(tiny.checkpoint()), "--megatron_model_path", str(tiny.native()), "--device", "cpu"]
+    flags = [
+        "--hf_model_path",
+        str(tiny_checkpoints.checkpoint()),
+        "--megatron_model_path",
+        str(tiny_checkpoints.native()),
+        "--device",
+        "cpu",
+    ]
     flags += ["--image_path", str(picture), "--max_new_tokens", "5", "--tp", "1", "--pp", "1", "--trust_remote_code"]
     assert script().main(flags) == 0
     out, err = capsys.readouterr()
-    answer = tiny.expected(tiny.chat().prompt("Describe this image.", [picture]), 5)
+    answer = tiny_checkpoints.expected(tiny_checkpoints.chat().prompt("Describe this image.", [picture]), 5)
     assert out.endswith(f"Completion: {answer}\n") and "--trust-remote-code has no effect" in err
     for refused, reason in (("--pp", "pipeline stages"), ("--ep", "no experts"), ("--etp", "no experts")):
         with pytest.raises(SystemExit) as exit:
@@ -277,12 +289,21 @@ def test_megatron_bridges_script(capsys, picture):
 def test_two_ranks_say_what_one_says(picture, tmp_path):
     output = tmp_path / "a.jsonl"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    command += ["--hf_model_path", str(tiny.checkpoint()), "--tp", "2", "--image_path", str(picture), "--device", "cpu"]
+    command += [
+        "--hf_model_path",
+        str(tiny_checkpoints.checkpoint()),
+        "--tp",
+        "2",
+        "--image_path",
+        str(picture),
+        "--device",
+        "cpu",
+    ]
     command += ["--max_new_tokens", "5", "--output", str(output), "--prompt", "Hello"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    answer = tiny.expected(tiny.chat().prompt("Hello", [picture]), 5)
+    answer = tiny_checkpoints.expected(tiny_checkpoints.chat().prompt("Hello", [picture]), 5)
     assert done.stdout == f"Prompt: Hello\nImage: {picture}\nCompletion: {answer}\n"
     assert json.loads(output.read_text())["text"] == answer
 

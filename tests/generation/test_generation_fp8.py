@@ -2,7 +2,7 @@
 
 import hf_folders
 import pytest
-import tiny
+import tiny_checkpoints
 import torch
 import tp_jobs
 from hf_folders import save_fp8
@@ -113,12 +113,12 @@ def test_fp8_weights_over_ranks_are_those_of_one_process(tmp_path, scale, quanti
 
 
 def test_the_command(capsys):
-    model = load_for_generation(find(tiny.checkpoint()), fp8=True)
-    prompt = tiny.chat().prompt("Say hello.")
+    model = load_for_generation(find(tiny_checkpoints.checkpoint()), fp8=True)
+    prompt = tiny_checkpoints.chat().prompt("Say hello.")
     (answer,) = Generator(model, kv_dtype="fp8").generate([prompt], Sampling(max_new_tokens=8, stop_tokens=(2,)))
-    options = ["--hf-model-path", str(tiny.checkpoint()), "--device", "cpu", "--max-new-tokens", "8"]
+    options = ["--hf-model-path", str(tiny_checkpoints.checkpoint()), "--device", "cpu", "--max-new-tokens", "8"]
     assert main(["generate", *options, "--prompt", "Say hello.", "--fp8", "--kv-dtype", "fp8"]) == 0
-    assert f"Completion: {tiny.chat().decode(answer.tokens)}" in capsys.readouterr().out
+    assert f"Completion: {tiny_checkpoints.chat().decode(answer.tokens)}" in capsys.readouterr().out
     with pytest.raises(GenerationError, match="with an adapter over tp=2: .* take tp=1, or save the merged model"):
         check_fp8(True, "adapter", 2)
 
@@ -126,10 +126,10 @@ def test_the_command(capsys):
 def test_what_fp8_weights_are_made_of(tmp_path):
     kept = load_for_generation(find(save_fp8(tmp_path)), fp8=True)
     assert {layer.weight_scale.dim() for layer in quantized_layers(kept).values()} == {0}
-    merged = load_for_generation(find(tiny.checkpoint(), adapter=tiny.adapter()))
-    prompts, sampling = [tiny.chat().prompt("Say hello.")], Sampling(max_new_tokens=8)
+    merged = load_for_generation(find(tiny_checkpoints.checkpoint(), adapter=tiny_checkpoints.adapter()))
+    prompts, sampling = [tiny_checkpoints.chat().prompt("Say hello.")], Sampling(max_new_tokens=8)
     wanted = tokens(Generator(quantize_(merged)).generate(prompts, sampling))
-    ours = load_for_generation(find(tiny.checkpoint(), adapter=tiny.adapter()), fp8=True)
+    ours = load_for_generation(find(tiny_checkpoints.checkpoint(), adapter=tiny_checkpoints.adapter()), fp8=True)
     assert quantized_layers(ours) and tokens(Generator(ours).generate(prompts, sampling)) == wanted
 
 

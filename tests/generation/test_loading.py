@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-import tiny
+import tiny_checkpoints
 import torch
 from PIL import Image
 from transformers import Mistral3ForConditionalGeneration
@@ -24,61 +24,67 @@ def logits(model):
 
 
 def test_a_hugging_face_checkpoint_is_loaded_as_it_is():
-    found = find(tiny.checkpoint())
+    found = find(tiny_checkpoints.checkpoint())
     model = load(found)
     assert found.notices == () and found.config.text.max_positions == 128
     assert is_patched(model) and not model.training and not any(p.requires_grad for p in model.parameters())
-    torch.testing.assert_close(logits(model), logits(tiny.hugging_face()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(tiny_checkpoints.hugging_face()), rtol=1e-4, atol=1e-4)
     assert load(found, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_weights_come_from_the_native_checkpoint(tmp_path):
     steps = tmp_path / "steps"
-    tiny.copy(tiny.native(), steps / "step-000002")
-    changed = tiny.copy(tiny.native(), steps / "step-000010")
+    tiny_checkpoints.copy(tiny_checkpoints.native(), steps / "step-000002")
+    changed = tiny_checkpoints.copy(tiny_checkpoints.native(), steps / "step-000010")
     (steps / "step-000020").mkdir()
-    found = find(tiny.checkpoint(), checkpoint_path=steps)
+    found = find(tiny_checkpoints.checkpoint(), checkpoint_path=steps)
     assert found.folder == changed and any("step-000020 is not complete" in notice for notice in found.notices)
-    assert torch.equal(logits(load(found)), logits(load(find(tiny.checkpoint(), checkpoint_path=tiny.native()))))
+    assert torch.equal(
+        logits(load(found)),
+        logits(load(find(tiny_checkpoints.checkpoint(), checkpoint_path=tiny_checkpoints.native()))),
+    )
     # only tokenizer and config are needed beside it
-    bare = tiny.copy(tiny.checkpoint(), tmp_path / "bare")
+    bare = tiny_checkpoints.copy(tiny_checkpoints.checkpoint(), tmp_path / "bare")
     (bare / "model.safetensors").unlink()
-    assert torch.equal(logits(load(find(bare, checkpoint_path=tiny.native()))), logits(load(find(tiny.checkpoint()))))
+    assert torch.equal(
+        logits(load(find(bare, checkpoint_path=tiny_checkpoints.native()))),
+        logits(load(find(tiny_checkpoints.checkpoint()))),
+    )
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_an_adapter_is_merged_as_peft_merges_it(dora):
     from peft import PeftModel
 
-    found = find(tiny.checkpoint(), adapter=tiny.adapter(dora=dora))
+    found = find(tiny_checkpoints.checkpoint(), adapter=tiny_checkpoints.adapter(dora=dora))
     model = load(found)
     assert model.adapters is None and found.notices == () and is_patched(model)
-    hf = Mistral3ForConditionalGeneration.from_pretrained(tiny.checkpoint())
-    theirs = logits(PeftModel.from_pretrained(hf, tiny.adapter(dora=dora)).merge_and_unload().eval())
+    hf = Mistral3ForConditionalGeneration.from_pretrained(tiny_checkpoints.checkpoint())
+    theirs = logits(PeftModel.from_pretrained(hf, tiny_checkpoints.adapter(dora=dora)).merge_and_unload().eval())
     torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)
-    assert (theirs - logits(tiny.hugging_face())).abs().max() > 0.1
+    assert (theirs - logits(tiny_checkpoints.hugging_face())).abs().max() > 0.1
 
 
 def test_an_adapter_of_another_base_is_told():
-    notices = find(tiny.checkpoint(), adapter=tiny.adapter(base="mistralai/Other-3")).notices
+    notices = find(tiny_checkpoints.checkpoint(), adapter=tiny_checkpoints.adapter(base="mistralai/Other-3")).notices
     assert notices == ("the adapter was trained on mistralai/Other-3; it fits tiny by its shapes",)
 
 
 def test_adapters_of_other_shapes_are_refused_before_a_weight_is_read(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    other = tiny.copy(tiny.adapter(), tmp_path / "other")
+    other = tiny_checkpoints.copy(tiny_checkpoints.adapter(), tmp_path / "other")
     tensors = load_file(other / "adapter_model.safetensors")
     wide = {n: torch.zeros(2, 99) if "layers.0.self_attn.q_proj.lora_A" in n else t for n, t in tensors.items()}
     save_file(wide, other / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"is \[2, 99\], the model's is \[2, 32\]: another base model"):
-        find(tiny.checkpoint(), adapter=other)
+        find(tiny_checkpoints.checkpoint(), adapter=other)
     deep = {n.replace("layers.1.", "layers.7."): t for n, t in tensors.items()}
     save_file(deep, other / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="layers.7"):
-        find(tiny.checkpoint(), adapter=other)
+        find(tiny_checkpoints.checkpoint(), adapter=other)
     with pytest.raises(CheckpointError, match="holds no adapter_model.safetensors"):
-        find(tiny.checkpoint(), adapter=tiny.checkpoint())
+        find(tiny_checkpoints.checkpoint(), adapter=tiny_checkpoints.checkpoint())
 
 
 def test_wrong_checkpoints_are_refused(tmp_path):
@@ -86,27 +92,27 @@ def test_wrong_checkpoints_are_refused(tmp_path):
         ({"hf_model_path": tmp_path / "none"}, "does not exist"),
         ({"hf_model_path": tmp_path}, "holds no checkpoint"),
         (
-            {"hf_model_path": tiny.checkpoint(), "checkpoint_path": tmp_path},
+            {"hf_model_path": tiny_checkpoints.checkpoint(), "checkpoint_path": tmp_path},
             "holds no checkpoint, nor a complete iter_N",
         ),
-        ({"hf_model_path": tiny.checkpoint(), "checkpoint_path": tmp_path / "x"}, "x does not exist"),
+        ({"hf_model_path": tiny_checkpoints.checkpoint(), "checkpoint_path": tmp_path / "x"}, "x does not exist"),
     ]:
         with pytest.raises(CheckpointError, match=reason):
             find(**given)
-    other = tiny.copy(tiny.checkpoint(), tmp_path / "other")
+    other = tiny_checkpoints.copy(tiny_checkpoints.checkpoint(), tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 9
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"another model.*num_hidden_layers \(9 there, 2 in"):
-        find(other, checkpoint_path=tiny.native())
+        find(other, checkpoint_path=tiny_checkpoints.native())
     with pytest.raises(CheckpointError, match="does not hold the model of its config.json; missing"):
         find(other)
-    half = tiny.copy(tiny.checkpoint(), tmp_path / "half")
+    half = tiny_checkpoints.copy(tiny_checkpoints.checkpoint(), tmp_path / "half")
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
         find(half)
     with pytest.raises(ParallelError, match="tp=3 does not divide"):
-        find(tiny.checkpoint(), tp=3)
+        find(tiny_checkpoints.checkpoint(), tp=3)
 
 
 @pytest.mark.parametrize("kind, flag", [("model", "--hf-model-path"), ("adapter", "--adapter")])
@@ -119,7 +125,7 @@ def test_folders_of_a_finetune_say_where_its_model_is(kind, flag, tmp_path):
     (tmp_path / "run" / kind / name).write_text("{}")
     for path in (step, step.parent, tmp_path / "run"):
         with pytest.raises(CheckpointError, match=f"whose {kind} is {re.escape(str(tmp_path))}.*give that as {flag}"):
-            find(tiny.checkpoint(), checkpoint_path=path)
+            find(tiny_checkpoints.checkpoint(), checkpoint_path=path)
 
 
 def test_devices():
@@ -133,9 +139,12 @@ def test_devices():
 
 def test_an_image_is_seen():
     """The whole way from a picture to logits, beside Hugging Face's model."""
-    prompt = tiny.chat().prompt("A", [Image.effect_noise((60, 90), 80).convert("RGB")])
+    prompt = tiny_checkpoints.chat().prompt("A", [Image.effect_noise((60, 90), 80).convert("RGB")])
     ids, pixels = torch.tensor([prompt.tokens]), torch.from_numpy(prompt.images[0])[None]
     inputs = {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[2:]])}
     with torch.no_grad():
-        ours, theirs = load(find(tiny.checkpoint()))(**inputs).logits, tiny.hugging_face()(**inputs).logits
+        ours, theirs = (
+            load(find(tiny_checkpoints.checkpoint()))(**inputs).logits,
+            tiny_checkpoints.hugging_face()(**inputs).logits,
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

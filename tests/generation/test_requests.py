@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import tiny
+import tiny_checkpoints
 from PIL import Image
 
 from m3kernels.models.generation.prompt import GenerationError
@@ -30,7 +30,10 @@ def test_lines_are_prompts_and_conversations(tmp_path):
     )
     seen, steps = [], []
     requests = read_requests(
-        file, tiny.chat(), check=lambda p, where: seen.append((where, p)), advance=lambda *at: steps.append(at)
+        file,
+        tiny_checkpoints.chat(),
+        check=lambda p, where: seen.append((where, p)),
+        advance=lambda *at: steps.append(at),
     )
     assert [(r.where, r.id) for r in requests] == [
         ("prompts.jsonl:1", "x"), ("prompts.jsonl:3", None), ("prompts.jsonl:4", None), ("prompts.jsonl:5", 4),
@@ -38,13 +41,13 @@ def test_lines_are_prompts_and_conversations(tmp_path):
     ]  # fmt: skip
     picture = tmp_path / "a.png"
     expected = [
-        tiny.chat().prompt("Hello"),
-        tiny.chat().prompt("A [IMG] B", [picture], system="S"),
-        tiny.chat().prompt("C", [picture], system="S"),
-        tiny.chat().prompt("D"),
-        tiny.chat().prompt("E", [picture]),
+        tiny_checkpoints.chat().prompt("Hello"),
+        tiny_checkpoints.chat().prompt("A [IMG] B", [picture], system="S"),
+        tiny_checkpoints.chat().prompt("C", [picture], system="S"),
+        tiny_checkpoints.chat().prompt("D"),
+        tiny_checkpoints.chat().prompt("E", [picture]),
     ]
-    made = [tiny.chat().with_pixels(request.encoded) for request in requests]
+    made = [tiny_checkpoints.chat().with_pixels(request.encoded) for request in requests]
     for ours, theirs, (_, checked) in zip(made, expected, seen):
         assert ours.tokens == theirs.tokens == checked.tokens
         assert all(np.array_equal(a, b) for a, b in zip(ours.images, theirs.images))
@@ -52,8 +55,8 @@ def test_lines_are_prompts_and_conversations(tmp_path):
 
 
 def test_raw_prompts(tmp_path):
-    (request,) = read_requests(write(tmp_path, {"prompt": "A"}), tiny.chat(), raw=True)
-    assert tuple(request.encoded.tokens) == tiny.chat().prompt("A", raw=True).tokens
+    (request,) = read_requests(write(tmp_path, {"prompt": "A"}), tiny_checkpoints.chat(), raw=True)
+    assert tuple(request.encoded.tokens) == tiny_checkpoints.chat().prompt("A", raw=True).tokens
 
 
 def test_every_bad_line_is_told_with_its_number(tmp_path):
@@ -81,11 +84,11 @@ def test_every_bad_line_is_told_with_its_number(tmp_path):
     ]
 
     def check(prompt, where):
-        if len(prompt.tokens) == len(tiny.chat().prompt("too long").tokens):
+        if len(prompt.tokens) == len(tiny_checkpoints.chat().prompt("too long").tokens):
             raise GenerationError(f"{where} is longer than allowed")
 
     with pytest.raises(GenerationError) as caught:
-        read_requests(write(tmp_path, *(row for row, _ in rows)), tiny.chat(), check=check)
+        read_requests(write(tmp_path, *(row for row, _ in rows)), tiny_checkpoints.chat(), check=check)
     first, *told = str(caught.value).splitlines()
     assert first == f"{len(rows) - 1} of {len(rows)} prompts are bad:"
     bad = [(n, reason) for n, (_, reason) in enumerate(rows, 1) if reason]
@@ -95,7 +98,7 @@ def test_every_bad_line_is_told_with_its_number(tmp_path):
 
 def test_many_bad_lines_are_counted(tmp_path):
     with pytest.raises(GenerationError) as caught:
-        read_requests(write(tmp_path, *[{"prompt": ""}] * (TOLD + 5)), tiny.chat())
+        read_requests(write(tmp_path, *[{"prompt": ""}] * (TOLD + 5)), tiny_checkpoints.chat())
     assert len(str(caught.value).splitlines()) == TOLD + 2 and str(caught.value).endswith("and 5 more")
 
 
@@ -107,8 +110,8 @@ def test_files_without_prompts(tmp_path):
         (write(tmp_path, '[{"prompt": "A"}]'), "name it .json"),
     ]:
         with pytest.raises(GenerationError, match=reason):
-            read_requests(file, tiny.chat())
-    (request,) = read_requests(write(tmp_path, '[{"prompt": "A"}]', name="list.json"), tiny.chat())
+            read_requests(file, tiny_checkpoints.chat())
+    (request,) = read_requests(write(tmp_path, '[{"prompt": "A"}]', name="list.json"), tiny_checkpoints.chat())
     assert request.where == "list.json row 0"
 
 
@@ -126,11 +129,11 @@ def test_damaged_files_are_refused(name, content, reason, tmp_path):
         pytest.importorskip("datasets")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(GenerationError, match=reason):
-        read_requests(tmp_path / name, tiny.chat())
+        read_requests(tmp_path / name, tiny_checkpoints.chat())
 
 
 def test_what_is_no_file_is_not_said_to_be_missing():
     with pytest.raises(GenerationError, match="/dev/null is a folder, pipe or device"):
-        read_requests("/dev/null", tiny.chat())
+        read_requests("/dev/null", tiny_checkpoints.chat())
     with pytest.raises(GenerationError, match="/dev/null is a pipe or a device"):
-        tiny.chat().prompt("A", ["/dev/null"])
+        tiny_checkpoints.chat().prompt("A", ["/dev/null"])

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-import tiny
+import tiny_checkpoints
 import torch
 from PIL import Image
 
@@ -18,7 +18,7 @@ PICTURE = Image.effect_noise((90, 60), 80).convert("RGB")
 
 @pytest.fixture(scope="module")
 def session():
-    return Session.open(tiny.checkpoint())
+    return Session.open(tiny_checkpoints.checkpoint())
 
 
 class Script:
@@ -26,7 +26,7 @@ class Script:
 
     def __init__(self, *rows, ends="length", broken=None):
         self.rows, self.ends, self.broken = rows, ends, broken
-        config = SimpleNamespace(text=SimpleNamespace(vocab_size=tiny.runs.VOCAB))
+        config = SimpleNamespace(text=SimpleNamespace(vocab_size=tiny_checkpoints.runs.VOCAB))
         self.model = SimpleNamespace(device=torch.device("cpu"), config=config)
 
     def start(self, prompts, sampling, *, every):
@@ -48,12 +48,12 @@ class Script:
 
 
 def ids(text):
-    return tiny.chat().encoder.chat.text(text)
+    return tiny_checkpoints.chat().encoder.chat.text(text)
 
 
 def scripted(script, *, every, stop=()):
     prompts = [Prompt((1, 2, 3))] * len(script.rows)
-    return Answering(script, tiny.chat(), prompts, Sampling(), stop, every)
+    return Answering(script, tiny_checkpoints.chat(), prompts, Sampling(), stop, every)
 
 
 def test_answers_are_hugging_faces(session):
@@ -65,7 +65,7 @@ def test_answers_are_hugging_faces(session):
     ]
     answers = session.answer(prompts, Sampling(max_new_tokens=NEW))
     for prompt, answer in zip(prompts, answers):
-        assert answer.text == tiny.expected(prompt, NEW) and answer.text
+        assert answer.text == tiny_checkpoints.expected(prompt, NEW) and answer.text
         assert answer.prompt_tokens == len(prompt.tokens) and answer.new_tokens <= NEW
         assert answer.reason == ("length" if answer.new_tokens == NEW else "stop")
 
@@ -73,8 +73,8 @@ def test_answers_are_hugging_faces(session):
 def test_pieces_are_the_answer(session):
     prompt = session.chat.prompt("Hello")
     pieces = list(session.stream(prompt, Sampling(max_new_tokens=NEW)))
-    assert len(pieces) > 3 and "".join(piece.text for piece in pieces) == tiny.expected(prompt, NEW)
-    assert session.answer(["Hello"], Sampling(max_new_tokens=NEW))[0].text == tiny.expected(prompt, NEW)
+    assert len(pieces) > 3 and "".join(piece.text for piece in pieces) == tiny_checkpoints.expected(prompt, NEW)
+    assert session.answer(["Hello"], Sampling(max_new_tokens=NEW))[0].text == tiny_checkpoints.expected(prompt, NEW)
 
 
 def test_a_stop_string_ends_the_row_that_says_it(session):
@@ -93,7 +93,7 @@ def test_bursts_change_neither_texts_nor_counts(every):
     run = scripted(script, every=every, stop=["STOP"])
     answers = run.finish()
     said = ids("It is 3. STOP and more")
-    upto = next(n for n in range(len(said) + 1) if "STOP" in tiny.chat().decode(said[:n]))
+    upto = next(n for n in range(len(said) + 1) if "STOP" in tiny_checkpoints.chat().decode(said[:n]))
     assert answers == [
         Answer("It is 3. ", "Hm, END", "stop", 3, len(thoughts) + upto),
         Answer("plain é", "", "length", 3, len(ids("plain é"))),
@@ -107,7 +107,7 @@ def test_an_interrupt_leaves_what_there_is():
     with pytest.raises(KeyboardInterrupt):
         for _ in run:
             pass
-    said = tiny.chat().decode(ids("one two three ST")[:4])
+    said = tiny_checkpoints.chat().decode(ids("one two three ST")[:4])
     assert run.interrupt() in ([], [(0, Piece(said[-1:]))])
     (answer,) = run.answers
     assert answer == Answer(said, "", "interrupted", 3, 4) and list(run) == []
@@ -133,14 +133,16 @@ def test_bad_stop_strings_are_found_before_prompts_are_read(session):
 
 
 def test_end_tokens_that_the_model_does_not_have_never_come(tmp_path):
-    folder = tiny.copy(tiny.checkpoint(), tmp_path / "copy")
+    folder = tiny_checkpoints.copy(tiny_checkpoints.checkpoint(), tmp_path / "copy")
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 10000000]}')
     sampling = Sampling(max_new_tokens=4)
-    (want,), (got,) = (Session.open(f, device="cpu").answer(["A"], sampling) for f in (tiny.checkpoint(), folder))
+    (want,), (got,) = (
+        Session.open(f, device="cpu").answer(["A"], sampling) for f in (tiny_checkpoints.checkpoint(), folder)
+    )
     assert got == want
 
 
 def test_fp8_weights_as_of_the_command():
-    session = Session.open(tiny.checkpoint(), device="cpu", fp8=True)
+    session = Session.open(tiny_checkpoints.checkpoint(), device="cpu", fp8=True)
     body = session.generator.model.model.language_model
     assert body.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
