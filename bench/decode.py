@@ -185,7 +185,7 @@ def run_peer(
         raise ImportError("compiled generation is measured after text alone")
     pictures = make_images(cell, prompt.device)
     if engine is not None:
-        generator, prompts = engine.open(model), decode_engine.prompts_of(prompt, pictures, cell.images)
+        generator, prompts = engine.open(model), decode_engine.prompts_of(prompt, pictures)
         me.logits = decode_engine.forced_logits(generator, prompts, forced[:FORCED])
         judge(me, me.logits if truth is None else truth)
         for _ in range(repeats if me.status == OK else 0):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3kernels.bench.model_shapes import IMAGE_TOKEN, PAD_TOKEN, SEED, Size
+from m3kernels.bench.model_shapes import IMAGE_TOKEN, PAD_TOKEN, SEED, Size, draw_images
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,5 @@ def make_images(cell: Cell, device: torch.device) -> dict[str, Tensor]:
     """``pixel_values`` and ``image_sizes`` of a cell with images."""
     if not cell.images:
         return {}
-    g = torch.Generator().manual_seed(SEED)
-    pixels = torch.zeros(len(cell.images), 3, *(max(size[dim] for size in cell.images) for dim in (0, 1)))
-    for image, (height, width) in zip(pixels, cell.images):
-        image[:, :height, :width] = torch.randn(3, height, width, generator=g)
-    return {"pixel_values": pixels.bfloat16().to(device), "image_sizes": torch.tensor(cell.images, device=device)}
+    made = draw_images(cell.images, torch.Generator().manual_seed(SEED))
+    return {name: t.to(device) for name, t in made.items()}

@@ -4,17 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import m3kernels
 from m3kernels.bench.train_peers import native_twin
+from m3kernels.models.generation.batches import images_of
 from m3kernels.models.generation.engine import EVERY, Generator
 from m3kernels.models.generation.prefill import Plan, Prefill
 from m3kernels.models.generation.prompt import Prompt, Sampling
 from m3kernels.models.generation.state import State
 from m3kernels.models.ministral3.quantized import quantize_
+from m3kernels.models.ministral3.vision import grids_of
 
 if TYPE_CHECKING:
     from m3kernels.bench.decode import Stopwatch
@@ -35,10 +36,9 @@ class Engine:
         return Generator(twin, kv_dtype=self.kv_dtype)
 
 
-def prompts_of(ids: Tensor, pictures: dict[str, Tensor], sizes: Sequence[tuple[int, int]]) -> list[Prompt]:
+def prompts_of(ids: Tensor, pictures: dict[str, Tensor]) -> list[Prompt]:
     """Rows (batch, prompt), each with all images."""
-    pixels = pictures["pixel_values"].float().cpu().numpy() if pictures else ()
-    images = tuple(np.ascontiguousarray(p[:, :h, :w]) for p, (h, w) in zip(pixels, sizes))
+    images = tuple(images_of(pictures.get("pixel_values"), pictures.get("image_sizes")))
     return [Prompt(tuple(row), images) for row in ids.tolist()]
 
 
@@ -80,8 +80,7 @@ def tower(model: nn.Module, pixels: Tensor, sizes: Sequence[tuple[int, int]]) ->
     """The images' features, a call each time."""
     twin = native_twin(model)
     m3kernels.patch(twin)
-    patch = twin.config.vision.patch_size
-    grids = tuple((height // patch, width // patch) for height, width in sizes)
+    grids = grids_of(pixels, sizes, twin.config.vision)
 
     def features() -> Tensor:
         with torch.no_grad():

@@ -204,11 +204,16 @@ def make_batch(size: Size, modality: str, batch: int, seq: int, device: torch.de
         raise ValueError(f"the images take {start - 1} tokens, more than the sequence of {seq}")
     labels[ids == IMAGE_TOKEN] = -100
     images = size.vision.images * batch
-    pixels = torch.zeros(len(images), 3, max(h for h, _ in images), max(w for _, w in images))
-    for image, (height, width) in zip(pixels, images):
-        image[:, :height, :width] = torch.randn(3, height, width, generator=g)
-    made = {"input_ids": ids, "labels": labels, "pixel_values": pixels.bfloat16(), "image_sizes": torch.tensor(images)}
+    made = {"input_ids": ids, "labels": labels} | draw_images(images, g)
     return {name: t.to(device) for name, t in made.items()}
+
+
+def draw_images(sizes: tuple[tuple[int, int], ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random ``pixel_values`` and ``image_sizes`` of images of (height, width) pixels, each in the upper left corner."""
+    pixels = torch.zeros(len(sizes), 3, max(h for h, _ in sizes), max(w for _, w in sizes))
+    for image, (height, width) in zip(pixels, sizes):
+        image[:, :height, :width] = torch.randn(3, height, width, generator=generator)
+    return {"pixel_values": pixels.bfloat16(), "image_sizes": torch.tensor(sizes)}
 
 
 @dataclass(frozen=True)

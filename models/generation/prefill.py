@@ -198,9 +198,7 @@ class Prefill:
             ids.append(np.asarray(plan.prompt.tokens[start : start + count], dtype=np.int64))
             positions.append(np.arange(start, start + count))
             before, here = (int((keys < 0).sum()) for keys in (plan.keys[:start], plan.keys[start : start + count]))
-            if here:
-                whole = self._row_features(plan, features, before)
-                pictures.append(whole[before : before + here])
+            pictures += _pictures(plan, features, before, here)
         rows, lengths = zip(*taken)
         sequences = Sequences(lengths, rows, device)
         ids_T, positions_T = (
@@ -218,14 +216,16 @@ class Prefill:
         cache.end(sum(lengths))
         return all_gather_tokens(x_tD, self.group)
 
-    def _row_features(self, plan: Plan, features: dict[int, Tensor], before: int) -> Tensor:
-        """(image tokens of the prompt, D); what lies before ``before`` is in the cache, and may be anything."""
-        parts, width = [], self.model.config.text.hidden_size
-        for digest, count in zip(plan.prompt.digests, plan.counts):
-            known = features.get(digest)
-            parts.append(torch.zeros(count, width, device=self.model.device) if known is None else known)
-        dtype = next(iter(features.values())).dtype
-        return torch.cat([part.to(dtype) for part in parts])
+
+def _pictures(plan: Plan, features: dict[int, Tensor], before: int, count: int) -> list[Tensor]:
+    """Features of so many image tokens of a prompt, after the first ``before``."""
+    parts, at = [], 0
+    for digest, tokens in zip(plan.prompt.digests, plan.counts):
+        begin, end = max(before - at, 0), min(before + count - at, tokens)
+        if begin < end:
+            parts.append(features[digest][begin:end])
+        at += tokens
+    return parts
 
 
 def _size(grid: tuple[int, int]) -> int:

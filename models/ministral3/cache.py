@@ -61,7 +61,6 @@ class KVCache:
     """
 
     def __init__(self, batch: int, room: int = GROWS_BY, *, dtype: torch.dtype | None = None):
-        self.batch = batch
         self.lengths = [0] * batch
         self.columns = 0
         self.room = room
@@ -103,12 +102,18 @@ class KVCache:
         """The memory of a layer that something was written to."""
         return self._layers[number]
 
+    def _memory(self, number: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """A layer's memory, made where there is none yet."""
+        if number not in self._layers:
+            shape = (len(self.lengths), heads, self.room, head_dim)
+            self._layers[number] = LayerCache.empty(shape, dtype, device)
+        return self._layers[number]
+
     def write(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
         """Appends the tokens of the forward that has begun."""
-        if layer not in self._layers:
-            shape = (len(self.lengths), k_TGK.shape[1], self.room, k_TGK.shape[2])
-            self._layers[layer] = LayerCache.empty(shape, self.dtype or k_TGK.dtype, k_TGK.device)
-        held, (row_T, at_T) = self._layers[layer], self._slots
+        _, heads, head_dim = k_TGK.shape
+        held = self._memory(layer, heads, head_dim, self.dtype or k_TGK.dtype, k_TGK.device)
+        row_T, at_T = self._slots
         # padding comes last
         k_TGK, v_TGK = (x[: len(row_T)].detach() for x in (k_TGK, v_TGK))
         held.write(k_TGK, v_TGK, row_T, at_T)
@@ -139,10 +144,9 @@ class KVCache:
         """
         if rows and (count := max(lengths)):
             for number, theirs in source._layers.items():
-                if number not in self._layers:
-                    shape = (len(self.lengths), theirs.keys.shape[1], self.room, theirs.keys.shape[3])
-                    self._layers[number] = LayerCache.empty(shape, theirs.keys.dtype, theirs.keys.device)
-                for mine, other in zip(self._layers[number].tensors, theirs.tensors):
+                _, heads, _, head_dim = theirs.keys.shape
+                held = self._memory(number, heads, head_dim, theirs.keys.dtype, theirs.keys.device)
+                for mine, other in zip(held.tensors, theirs.tensors):
                     mine[rows, :, :count] = other[from_rows, :, :count]
         for row, length in zip(rows, lengths):
             self.lengths[row] = length
