@@ -55,7 +55,7 @@ kv_write = importlib.import_module("m3kernels.ops.kv_write")
 sampling = importlib.import_module("m3kernels.ops.sample")
 
 
-def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None) -> dict:
+def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int | None = None, **options: int) -> dict:
     """Registers, spills and shared memory of one configuration; pointers and strides declared 16-aligned, as launched."""
     import triton
     from triton import knobs
@@ -64,8 +64,8 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constexprs else types[n] for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") or n.endswith(("stride", "width", "vocab"))]
-    aligned += [n for n in ("n1", "n2", "n3") if n in names]
+    aligned = [n for n in names if signature[n].startswith("*") or re.search(r"(stride|width|vocab)\d?$", n)]
+    aligned += [n for n in ("n1", "n2", "n3", "rank", "part", "small_row", "small_col") if signature.get(n) == "i32"]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -76,7 +76,7 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True  # a cached kernel comes back without the assembler's log
-        options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+        options |= {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     text = log.getvalue()
     # such a kernel is launched before the one that it reads from has ended
@@ -447,55 +447,61 @@ def adapter_types(kernel, constexprs: dict, **other: str) -> dict:
     return types | {"p_seed": "*i64"} | other
 
 
-@pytest.mark.parametrize("rank", [16, 64, 128, 512])
-@pytest.mark.parametrize(("split", "drops"), [(False, False), (True, False), (True, True)])
-def test_lora_shrink(rank, split, drops):
-    kernel, config = adapters.lora_shrink_kernel, adapters.config_for(adapters.SHRINK, rank)
-    constexprs = {"BLOCK_M": config.rows, "BLOCK_K": config.cols, "RANK": rank, "SPLIT": split, "DROPS": drops}
-    constexprs |= {"PRECISION": "tf32"}
-    report = compile_sm90(kernel, config.warps, constexprs, adapter_types(kernel, constexprs), config.stages)
-    check(kernel, report, rank)
+# what the product leaves of a multiprocessor's 228 KB, less what the system keeps of each program's
+BESIDE_THE_PRODUCT = 228 * 1024 - 181_376 - 1024
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@pytest.mark.parametrize("form", adapters.GRADS, ids=str)
-def test_lora_grads(form):
-    (rank, split), config, kernel = form, adapters.GRADS[form], adapters.lora_grads_kernel
-    constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": True, "SPLIT": split}
-    constexprs |= {"DROPS": False, "PRECISION": "tf32"}
-    types = adapter_types(kernel, constexprs, p_du="*fp32", p_db="*fp32")
-    report = compile_sm90(kernel, config.warps, constexprs, types, config.stages)
-    check(kernel, report, rank)
-    # loads that run ahead of their use: without them the rate of memory is not reached
-    assert "cp.async" in report["ptx"]
+def adapter_layout(rank: int, split: bool, count: int):
+    wide, narrow = torch.empty(rank, 8), torch.empty(rank, 8, dtype=torch.bfloat16)
+    return adapters.Layout.of(narrow, wide if split else narrow, count)
 
 
-@pytest.mark.parametrize(("split", "scaled"), [(False, False), (True, False), (True, True)])
-def test_lora_parts_and_sum(split, scaled):
-    """Also each branch's types: the interpreter lets a name have one in each."""
-    kernel, constexprs = adapters.lora_parts_kernel, {"BLOCK": 1024, "SPLIT": split, "SCALED": scaled}
-    sources = dict.fromkeys([f"p_{n}{j}" for n in "ab" for j in (1, 2, 3)], "*fp32" if split else "*bf16")
-    types = adapter_types(kernel, constexprs, p_scale="*fp32", **sources)
-    check(kernel, compile_sm90(kernel, 4, constexprs, types), 0)
-    kernel, constexprs = adapters.lora_sum_kernel, {"BLOCK": 32, "BLOCK_N": 256, "RANK": 16, "SPLIT": split}
-    constexprs |= {"SCALED": scaled}
-    fp32 = ["p_part_du", "p_part_db", "p_scale"] + ["p_db"] * split
-    check(
-        kernel,
-        compile_sm90(kernel, 2, constexprs, adapter_types(kernel, constexprs, **dict.fromkeys(fp32, "*fp32"))),
-        0,
-    )
+def skinny_report(kernel, config, form, dtype, split, **other: str) -> dict:
+    fp32 = ["p_scale", "p_norm", "p_dm"] + [
+        n for n in kernel.arg_names if n.startswith(("p_small", "p_other", "p_d"))
+    ] * split
+    constexprs = form | {"OVERLAP": kernel is adapters.lora_outer_kernel}
+    if kernel is adapters.lora_shrink_kernel:
+        constexprs |= {"small_row" if form["SHARED"] or not form["SCALED"] else "small_col": 1}
+    types = adapter_types(kernel, constexprs, **dict.fromkeys(fp32, "*fp32"))
+    types |= dict.fromkeys([n for n in kernel.arg_names if n.startswith(("factor", "other"))], "fp32")
+    types = {n: "*fp32" if t == "*bf16" and dtype == "fp32" else t for n, t in types.items() if n in kernel.arg_names}
+    return compile_sm90(kernel, 4, constexprs, types, config.stages, maxnreg=128)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_passes_beside_the_product(rank, split, count):
+    """They fit into what it leaves of a multiprocessor, and their loads run ahead of their use."""
+    layout = adapter_layout(rank, split, count)
+    for forward, scaled in ((True, False), (False, False), (False, True)):
+        report = skinny_report(
+            adapters.lora_shrink_kernel,
+            *adapters.shrink_form(layout, forward, scaled, 0.0, torch.bfloat16),
+            "bf16",
+            split,
+        )
+        check(adapters.lora_shrink_kernel, report, rank)
+        assert report["shared"] <= BESIDE_THE_PRODUCT and "cp.async" in report["ptx"], report["shared"]
+    for scaled in (False, True):
+        form = adapters.outer_form(layout, scaled, 0.0, torch.bfloat16)
+        report = skinny_report(adapters.lora_outer_kernel, *form, "bf16", split)
+        check(adapters.lora_outer_kernel, report, rank)
+        assert report["shared"] <= BESIDE_THE_PRODUCT and "cp.async" in report["ptx"], report["shared"]
 
 
 @pytest.mark.parametrize("rank", [16, adapters.MOST_AT_ONCE])
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_lora_grads_with_dropout(rank, precision):
-    config, kernel = adapters.WIDE, adapters.lora_grads_kernel
-    constexprs = {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": rank, "WITH_DU": False, "DROPS": True}
-    constexprs |= {"SPLIT": precision == "tf32", "PRECISION": precision}
-    types = adapter_types(kernel, constexprs, p_du="*fp32", p_db="*fp32")
-    if precision == "ieee":
-        types |= {n: "*fp32" for n, t in types.items() if t == "*bf16"}
-    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), rank)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_passes_with_dropout(rank, dtype):
+    split = dtype == "bf16"
+    layout = adapter_layout(rank, split, 3)
+    for kernel, form in (
+        (adapters.lora_shrink_kernel, adapters.shrink_form(layout, True, False, 0.5, DTYPES[dtype])),
+        (adapters.lora_outer_kernel, adapters.outer_form(layout, False, 0.5, DTYPES[dtype])),
+    ):
+        check(kernel, skinny_report(kernel, *form, dtype, split), rank)
 
 
 @pytest.mark.parametrize("rank", [16, 32])
@@ -518,8 +524,8 @@ def test_lora_expand_and_dora_gradient():
     kernel, constexprs = adapters.lora_expand_kernel, {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": 64, "ADDS": True}
     constexprs |= {"PRECISION": "tf32"}
     check(kernel, compile_sm90(kernel, 8, constexprs, adapter_types(kernel, constexprs)), 64)
-    kernel, constexprs = adapters.dora_grad_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}
-    types = adapter_types(kernel, constexprs, p_scale="*fp32", p_sum="*fp32")
+    kernel, constexprs = adapters.dora_scale_rows_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}
+    types = adapter_types(kernel, constexprs, p_scale="*fp32")
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 256)
 
 
@@ -566,14 +572,21 @@ def test_attention_hopper_backward(causal, window, packed):
 @needs_its_gluon
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_linear_hopper(across, scaled):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_linear_hopper(across, scaled, count):
     module = importlib.import_module("m3kernels.ops._linear_hopper")
     kernel, a_tile = module.linear_low_rank_kernel, f"tensordesc<bf16[64,64],{module.A_TILE.value!r}>"
-    out_tile = f"tensordesc<bf16[64,256],{module.B_TILE_ACROSS.value!r}>"
-    right = out_tile if across else f"tensordesc<bf16[256,64],{module.B_TILE.value!r}>"
-    types = {"p_scale": "*fp32", "d_a": a_tile, "d_t": a_tile, "d_b": right, "d_l": right, "d_out": out_tile}
-    report = compile_gluon(kernel, {"ACROSS": across, "SCALED": scaled}, types, num_warps=4, maxnreg=168)
-    assert report["shared"] <= SHARED_MEMORY and not report["serialised"] and report["spilled"] == 0
+    right = [256, 64] if not across else [64, 256]
+    b_tile = f"tensordesc<bf16{right},{(module.B_TILE_ACROSS if across else module.B_TILE).value!r}>".replace(
+        ", ", ",", 1
+    )
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"p_scale": "*fp32"}
+    types |= {n: a_tile for n in types if n.startswith(("d_a", "d_t", "d_out"))}
+    types |= {n: b_tile for n in types if n.startswith(("d_b", "d_low"))}
+    constexprs = {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": True}
+    report = compile_gluon(kernel, constexprs, types, num_warps=4, maxnreg=module.REGISTERS)
+    # with 1 KB that the system keeps of it
+    assert report["shared"] <= 181_376 - 1024 and not report["serialised"] and report["spilled"] == 0
     assert "wgmma.mma_async" in report["ptx"] and "setmaxnreg" in report["ptx"]
 
 

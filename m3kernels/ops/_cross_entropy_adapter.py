@@ -18,8 +18,8 @@ class LowRank:
 
     def __init__(self, hidden: Tensor, A: Tensor, B: Tensor, scaling: float, wants_gradients: bool):
         self.hidden, self.scaling, self.layout = hidden, scaling, Layout.of(hidden, A, 1)
-        self.a, self.low = skinny.as_parts(hidden, [A], [B], [scaling], self.layout)
-        self.u = skinny.shrink(hidden, self.a, self.layout, 0.0, None)
+        self.u, self.low = skinny.make_t(hidden, [A], [B], [scaling], self.layout)
+        self.a = self._parts_of(A, hidden.dtype)
         self.du = self.layout.buffer(hidden, *self.u.shape)
         self.db = torch.zeros(B.shape if wants_gradients else (0,), dtype=torch.float32, device=B.device)
 
@@ -53,6 +53,11 @@ class LowRank:
         rank = self.layout.rank
         found = skinny.product32(self.du[:, : min(self.layout.width, 2 * rank)].t(), self.hidden)
         return found[:rank] + found[rank:] if self.layout.split else found, self.db
+
+    def _parts_of(self, A: Tensor, dtype: torch.dtype) -> Tensor:
+        """A as rows [hi ; hi ; lo]."""
+        hi = A.to(dtype)
+        return torch.cat([hi, hi, (A - hi.float()).to(dtype)]) if self.layout.split else hi
 
     def _both(self, parts: Tensor) -> Tensor:
         """Large and small parts, columns beside each other, added up."""

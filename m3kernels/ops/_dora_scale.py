@@ -22,19 +22,25 @@ def dora_scale_kernel(
     p_w1,
     p_w2,
     p_w3,
-    p_a,
-    p_low,
+    p_a1,
+    p_a2,
+    p_a3,
+    p_b1,
+    p_b2,
+    p_b3,
     p_m1,
     p_m2,
     p_m3,
     p_norm,
     p_scale,
+    s1,
+    s2,
+    s3,
     n1,
     n2,
     n3,
     width,
     rank,
-    padded,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -50,8 +56,9 @@ def dora_scale_kernel(
     o_k, o_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     m_n = o_n < rows
     p_w = _pointer_of(which, p_w1, p_w2, p_w3) + o_n.to(tl.int64)[:, None] * width + o_k[None, :]
-    p_a += which.to(tl.int64) * padded * width + o_r.to(tl.int64)[:, None] * width + o_k[None, :]
-    p_low += (before + o_n).to(tl.int64)[:, None] * padded + o_r[None, :]
+    p_a = _pointer_of(which, p_a1, p_a2, p_a3) + (o_r.to(tl.int64)[:, None] * width + o_k[None, :])
+    p_b = _pointer_of(which, p_b1, p_b2, p_b3) + (o_n.to(tl.int64)[:, None] * rank + o_r[None, :])
+    scaling = _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
     # by elements: a sum in every step would make the warps wait for each other
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k in range(0, width, BLOCK_K):
@@ -60,14 +67,14 @@ def dora_scale_kernel(
         for r in range(0, rank, BLOCK_R):
             m_r = r + o_r < rank
             m_low, m_a = m_n[:, None] & m_r[None, :], m_r[:, None] & m_k[None, :]
-            b_low = tl.load(p_low + r, mask=m_low, other=0.0)
+            b_b = tl.load(p_b + r, mask=m_low, other=0.0).to(tl.float32) * scaling
             b_a = tl.load(p_a + r * width + k, mask=m_a, other=0.0)
-            merged = add_product(merged, b_low, b_a, PRECISION)
-            if SPLIT:  # the third part is lo, of both
-                b_lo = tl.load(p_a + (2 * rank + r) * width + k, mask=m_a, other=0.0)
-                merged = add_product(merged, b_low, b_lo, PRECISION)
-                b_low = tl.load(p_low + 2 * rank + r, mask=m_low, other=0.0)
-                merged = add_product(merged, b_low, b_a, PRECISION)
+            hi_b, hi_a = b_b.to(p_w.dtype.element_ty), b_a.to(p_w.dtype.element_ty)
+            merged = add_product(merged, hi_b, hi_a, PRECISION)
+            if SPLIT:
+                lo_b, lo_a = (b_b - hi_b.to(tl.float32)).to(hi_b.dtype), (b_a - hi_a.to(tl.float32)).to(hi_a.dtype)
+                merged = add_product(merged, hi_b, lo_a, PRECISION)
+                merged = add_product(merged, lo_b, hi_a, PRECISION)
         squares += merged * merged
     # rounded as PEFT's, whose magnitude began as this norm: a fresh DoRA layer is the frozen one
     norm = tl.sqrt(tl.sum(squares, axis=1)).to(p_m1.dtype.element_ty).to(tl.float32)
@@ -78,31 +85,32 @@ def dora_scale_kernel(
 
 
 @lru_cache(KEPT)
-def _norms(layout: skinny.Layout, ns: tuple[int, ...], width: int, device, dtype, *_) -> Prepared:
+def _norms(
+    layout: skinny.Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], device, dtype, *_
+) -> Prepared:
     return Prepared(
         "dora_linear (norm)",
         dora_scale_kernel,
         device,
         (sum(cdiv(n, BLOCK_N) for n in ns),),
-        (*skinny.fill(ns, 0), width, layout.rank, layout.padded),
+        (*skinny.fill(scalings, 0.0), *skinny.fill(ns, 0), width, layout.rank),
         {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": min(32, skinny.columns_of(layout.rank))}
         | {"SPLIT": layout.split, "PRECISION": skinny.precision(dtype), "num_warps": 4, "num_stages": 3},
     )
 
 
 def scales_of(
-    weights: list[Tensor], a: Tensor, low: Tensor, magnitudes: list[Tensor], layout: skinny.Layout
-) -> tuple[Tensor, Tensor]:
-    """(norms, rounded to the magnitudes' dtype, and scales) of all rows (N of all,) in fp32.
-
-    ``a`` and ``low``: as :func:`as_parts` gives them.
-    """
+    weights: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
+    layout: skinny.Layout,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(norms, rounded to the magnitudes' dtype, and scales) of all rows (N of all,) in fp32."""
     ns = tuple([w.shape[0] for w in weights])
-    norms = a.new_empty(sum(ns), dtype=torch.float32)
+    norms = weights[0].new_empty(sum(ns), dtype=torch.float32)
     scales = torch.empty_like(norms)
-    weights, magnitudes = ([t.contiguous() for t in group] for group in (weights, magnitudes))
-    run = _norms(layout, ns, weights[0].shape[1], a.device, weights[0].dtype, magnitudes[0].dtype)
-    run(*skinny.three(weights), a, low, *skinny.three(magnitudes), norms, scales)
+    groups = [[t.contiguous() for t in group] for group in (weights, many_a, many_b, magnitudes)]
+    dtypes = weights[0].dtype, many_a[0].dtype, magnitudes[0].dtype
+    run = _norms(layout, ns, weights[0].shape[1], tuple(scalings), weights[0].device, *dtypes)
+    run(*(t for group in groups for t in skinny.three(group)), norms, scales)
     return norms, scales
 
 

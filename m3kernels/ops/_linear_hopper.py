@@ -1,15 +1,19 @@
-"""A frozen weight's product with a low-rank one inside it, for Hopper (sm_90a), in Gluon.
+"""Frozen weights' products with low-rank ones inside them, for Hopper (sm_90a), in Gluon.
 
-    out = scale * (a b + t l)            a (M, K), b (K, N); t (M, R), l (R, N); scale (N,), or 1
+    forward     y_j = k_j * (x W_j^T + t_j low_j^T)             all j in one launch
+    ACROSS      dx = sum_j (k_j dy_j) W_j + sum_j du_j A_j      one sum over all j
 
-The low-rank product is one or two more steps of the sum over K in the same accumulators: it costs R / K more arithmetic and
-no pass over ``out``. b is the weight as it lies, (N, K) in a forward or (K, N) where its input's gradient is asked for.
+The low-rank product is one or two more steps of a tile's sum in the same accumulators: it costs R / K more arithmetic and no
+pass over the result. Its factors may still be in the making when the product begins: they come last. k of DoRA is applied to
+y where it is written, to dy on its way from shared memory to the tensor cores.
 
 One warp loads by the copy engine; two warpgroups multiply 64 x 256 each. Programs stay and take tile after tile; the next
-tile's operands load while a tile is written.
+tile's operands load while a tile is written. A program keeps to 177 KB and three quarters of the registers: the passes over
+x and dy (:mod:`m3kernels.ops._lora_kernels`) run beside it.
 """
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,8 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from m3kernels.ops._common import cdiv, sm_count
+from m3kernels.ops._lora_launch import MOST, Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
 
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute
@@ -33,8 +39,9 @@ ROWS = gl.constexpr(64)  # rows of one
 BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
-STAGES = gl.constexpr(3)  # 144 KB, and 64 KB that results leave from
+STAGES = gl.constexpr(3)  # 144 KB, and 32 KB that results leave from: 50 KB remain for what runs beside it
 TOGETHER = gl.constexpr(8)  # tiles of rows side by side, which share what they read of b in the cache
+PIECE = gl.constexpr(64)  # columns of a result that leave together
 
 A_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
 B_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([256, 64], gl.bfloat16))
@@ -51,100 +58,228 @@ def _tile(index, m_tiles, n_tiles):
 
 
 @gluon.jit
-def _load(d_left, d_right, memory, count, row, col, k, ACROSS: gl.constexpr):
+def _part_of(n, second, third):
+    """(which output, its first column tile) of column tile n; ``second``, ``third``: where those begin."""
+    which = (n >= second).to(gl.int32) + (n >= third).to(gl.int32)
+    return which, gl.where(which == 0, 0, gl.where(which == 1, second, third))
+
+
+@gluon.jit
+def _load(d_left, d_right, memory, count, row, left_k, right, right_k, ACROSS: gl.constexpr):
     s_a, s_b, full, empty = memory
     slot = count % STAGES
     mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(slot), CONSUMERS * d_left.block_type.nbytes + d_right.block_type.nbytes)
     for i in gl.static_range(CONSUMERS):
-        tma.async_copy_global_to_shared(d_left, [row + i * ROWS, k], full.index(slot), s_a.index(slot * CONSUMERS + i))
+        tma.async_copy_global_to_shared(
+            d_left, [row + i * ROWS, left_k], full.index(slot), s_a.index(slot * CONSUMERS + i)
+        )
     if ACROSS:
-        tma.async_copy_global_to_shared(d_right, [k, col], full.index(slot), s_b.index(slot))
+        tma.async_copy_global_to_shared(d_right, [right_k, right], full.index(slot), s_b.index(slot))
     else:
-        tma.async_copy_global_to_shared(d_right, [col, k], full.index(slot), s_b.index(slot))
+        tma.async_copy_global_to_shared(d_right, [right, right_k], full.index(slot), s_b.index(slot))
 
 
 @gluon.jit
-def _produce(d_a, d_b, d_t, d_l, memory, order, ACROSS: gl.constexpr):
-    m_tiles, n_tiles, k_tiles, low_tiles = order
+def _load_all(d_left, d_right, memory, count, row, col, k_tiles, ACROSS: gl.constexpr):
+    for i in range(0, k_tiles):
+        _load(d_left, d_right, memory, count + i, row, i * BLOCK_K, col, i * BLOCK_K, ACROSS)
+    return count + k_tiles
+
+
+@gluon.jit
+def _produce(left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, second, third, starts, ACROSS: gl.constexpr,
+             COUNT: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
+    m_tiles, n_tiles = order
     count = 0
     for index in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
         m, n = _tile(index, m_tiles, n_tiles)
-        row, col = m * BLOCK_M, n * BLOCK_N
-        for i in range(0, k_tiles):
-            _load(d_a, d_b, memory, count + i, row, col, i * BLOCK_K, ACROSS)
+        row = m * BLOCK_M
+        if ACROSS:
+            col, t_row, low_row = n * BLOCK_N, row, n * BLOCK_N
+            for j in gl.static_range(COUNT):
+                count = _load_all(left[j], right[j], memory, count, row, col, k_tiles[j], ACROSS)
+        else:
+            which, first = _part_of(n, second, third)
+            col = (n - first) * BLOCK_N
+            t_row, low_row = (
+                which * rows + row,
+                col + gl.where(which == 0, 0, gl.where(which == 1, starts[0], starts[1])),
+            )
+            if COUNT == 1 or which == 0:
+                count = _load_all(left[0], right[0], memory, count, row, col, k_tiles[0], ACROSS)
+            elif COUNT == 2 or which == 1:
+                count = _load_all(left[0], right[1], memory, count, row, col, k_tiles[0], ACROSS)
+            else:
+                count = _load_all(left[0], right[2], memory, count, row, col, k_tiles[0], ACROSS)
+        if OVERLAP:
+            # the low-rank factors come from the kernel before this one, which still runs during the first tile
+            gdc_wait()
+            gdc_launch_dependents()
         for i in range(0, low_tiles):
-            _load(d_t, d_l, memory, count + k_tiles + i, row, col, i * BLOCK_K, ACROSS)
-        count += k_tiles + low_tiles
+            _load(d_t, d_low, memory, count + i, t_row, i * BLOCK_K, low_row, i * BLOCK_K, ACROSS)
+        count += low_tiles
 
 
 @gluon.jit
-def _consume(
-    d_out, p_scale, n_cols, memory, s_out, order, which: gl.constexpr, ACROSS: gl.constexpr, SCALED: gl.constexpr
-):
-    s_a, s_b, full, empty = memory
-    m_tiles, n_tiles, k_tiles, low_tiles = order
+def _halves(acc, COLS: gl.constexpr):
+    return acc.reshape([ROWS, 2, COLS // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _store(d_out, s_out, piece, row, col, slot):
+    # of two buffers: what left this one has been read
+    tma.store_wait(1)
+    s_out.index(slot).store(piece)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(d_out, [row, col], s_out.index(slot))
+
+
+@gluon.jit
+def _write(outs, p_scale, ns, acc, s_out, row, col, slot, which, before, n_cols, COUNT: gl.constexpr, SCALED: gl.constexpr,
+           layout: gl.constexpr):  # fmt: skip
+    """One piece of a result."""
+    piece = gl.convert_layout(acc, layout)
+    if SCALED:
+        o_n = col + gl.arange(0, PIECE, gl.SliceLayout(0, layout))
+        piece *= gl.load(p_scale + before + o_n, mask=o_n < n_cols, other=0.0)[None, :]
+    piece = piece.to(outs[0].dtype)
+    if COUNT == 1 or which == 0:
+        _store(outs[0], s_out, piece, row, col, slot)
+    elif COUNT == 2 or which == 1:
+        _store(outs[1], s_out, piece, row, col, slot)
+    else:
+        _store(outs[2], s_out, piece, row, col, slot)
+
+
+@gluon.jit
+def _multiply(acc, a, memory, count, first, ACROSS: gl.constexpr):
+    """One step of the sum; ``a`` from shared memory or registers."""
+    _, s_b, _, empty = memory
+    b = s_b.index(count % STAGES)
+    if not ACROSS:
+        b = b.permute((1, 0))
+    acc = warpgroup_mma(a, b, acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    # the product before this one has been read
+    mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=first > 0)
+    return acc
+
+
+@gluon.jit
+def _steps(acc, memory, count, n_tiles, first, which: gl.constexpr, ACROSS: gl.constexpr):
+    s_a, _, full, _ = memory
+    for i in range(0, n_tiles):
+        mbarrier.wait(full.index((count + i) % STAGES), (count + i) // STAGES & 1)
+        acc = _multiply(acc, s_a.index((count + i) % STAGES * CONSUMERS + which), memory, count + i, first + i, ACROSS)
+    return acc
+
+
+@gluon.jit
+def _scaled_steps(acc, memory, count, n_tiles, first, p_scale, width, which: gl.constexpr):
+    """Columns of a times a scale of each, rounded, in shared memory, while the product before runs."""
+    s_a, _, full, _ = memory
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    o_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+    for i in range(0, n_tiles):
+        at = i * BLOCK_K + o_k
+        scale = gl.load(p_scale + at, mask=at < width, other=0.0)
+        mbarrier.wait(full.index((count + i) % STAGES), (count + i) // STAGES & 1)
+        a_tile = s_a.index((count + i) % STAGES * CONSUMERS + which)
+        a = a_tile.load(layout)
+        a_tile.store((a.to(gl.float32) * scale[None, :]).to(a.dtype))
+        fence_async_shared()
+        acc = _multiply(acc, a_tile, memory, count + i, first + i, True)
+    return acc
+
+
+@gluon.jit
+def _consume(outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, which: gl.constexpr,
+             ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
+    m_tiles, n_tiles = order
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
+    empty = memory[3]
     count = 0
     for index in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
         m, n = _tile(index, m_tiles, n_tiles)
         acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
-        for i in range(0, k_tiles + low_tiles):
-            slot = count % STAGES
-            mbarrier.wait(full.index(slot), count // STAGES & 1)
-            b = s_b.index(slot)
-            if not ACROSS:
-                b = b.permute((1, 0))
-            acc = warpgroup_mma(s_a.index(slot * CONSUMERS + which), b, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            # the product before this one has been read
-            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=i > 0)
-            count += 1
+        steps = low_tiles
+        if ACROSS and SCALED:
+            done, before = 0, 0
+            for j in gl.static_range(COUNT):
+                acc = _scaled_steps(acc, memory, count + done, k_tiles[j], done, p_scale + before, ns[j], which)
+                done += k_tiles[j]
+                before += ns[j]
+            acc = _steps(acc, memory, count + done, low_tiles, done, which, ACROSS)
+            steps += done
+        else:
+            for j in gl.static_range(COUNT if ACROSS else 1):
+                steps += k_tiles[j]
+            acc = _steps(acc, memory, count, steps, 0, which, ACROSS)
+        count += steps
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
-        if SCALED:
-            o_n = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-            acc *= gl.load(p_scale + o_n, mask=o_n < n_cols, other=0.0)[None, :]
-        tma.store_wait(0)
-        s_out.index(which).store(acc.to(d_out.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(d_out, [m * BLOCK_M + which * ROWS, n * BLOCK_N], s_out.index(which))
+        if ACROSS:
+            part, first, before, n_cols = 0, 0, 0, 0
+        else:
+            part, first = _part_of(n, second, third)
+            before = gl.where(part == 0, 0, gl.where(part == 1, starts[0], starts[1]))
+            n_cols = gl.where(part == 0, ns[0], gl.where(part == 1, ns[1], ns[2]))
+        row, col = m * BLOCK_M + which * ROWS, (n - first) * BLOCK_N
+        if SCALED and OVERLAP and not ACROSS:
+            gdc_wait()
+        scaled: gl.constexpr = SCALED and not ACROSS
+        outputs: gl.constexpr = 1 if ACROSS else COUNT
+        left, right = _halves(acc, BLOCK_N)
+        piece0, piece1 = _halves(left, BLOCK_N // 2)
+        piece2, piece3 = _halves(right, BLOCK_N // 2)
+        slot: gl.constexpr = which * 2
+        _write(outs, p_scale, ns, piece0, s_out, row, col, slot, part, before, n_cols, outputs, scaled, narrow)
+        _write(outs, p_scale, ns, piece1, s_out, row, col + 64, slot + 1, part, before, n_cols, outputs, scaled, narrow)
+        _write(outs, p_scale, ns, piece2, s_out, row, col + 128, slot, part, before, n_cols, outputs, scaled, narrow)
+        _write(
+            outs, p_scale, ns, piece3, s_out, row, col + 192, slot + 1, part, before, n_cols, outputs, scaled, narrow
+        )
     tma.store_wait(0)
 
 
-VARYING = "n_cols m_tiles n_tiles k_tiles low_tiles".split()
+VARYING = "n1 n2 n3 k_tiles1 k_tiles2 k_tiles3 m_tiles n_tiles rows low_tiles second third start2 start3".split()
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def linear_low_rank_kernel(
-    p_scale, d_a, d_b, d_t, d_l, d_out, n_cols, m_tiles, n_tiles, k_tiles, low_tiles,
-    ACROSS: gl.constexpr, SCALED: gl.constexpr,
+    p_scale, d_a1, d_a2, d_a3, d_b1, d_b2, d_b3, d_t, d_low, d_out1, d_out2, d_out3,
+    n1, n2, n3, k_tiles1, k_tiles2, k_tiles3, m_tiles, n_tiles, rows, low_tiles, second, third, start2, start3,
+    ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = d_a.dtype
+    dtype: gl.constexpr = d_a1.dtype
     s_a = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], A_TILE)
     if ACROSS:
         s_b = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], B_TILE_ACROSS)
     else:
         s_b = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], B_TILE)
-    s_out = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_N], B_TILE_ACROSS)
+    s_out = gl.allocate_shared_memory(dtype, [CONSUMERS * 2, ROWS, PIECE], A_TILE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
-    memory, order = (s_a, s_b, full, empty), (m_tiles, n_tiles, k_tiles, low_tiles)
+    memory, order, k_tiles = (s_a, s_b, full, empty), (m_tiles, n_tiles), (k_tiles1, k_tiles2, k_tiles3)
+    left, right, outs, ns = (d_a1, d_a2, d_a3), (d_b1, d_b2, d_b3), (d_out1, d_out2, d_out3), (n1, n2, n3)
+    starts = (start2, start3)
     # named: a number written into the lists below is no constexpr
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (d_out, p_scale, n_cols, memory, s_out, order, upper, ACROSS, SCALED)),
-            (_consume, (d_out, p_scale, n_cols, memory, s_out, order, lower, ACROSS, SCALED)),
-            (_produce, (d_a, d_b, d_t, d_l, memory, order, ACROSS)),
+            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, upper, ACROSS, COUNT, SCALED, OVERLAP)),
+            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, lower, ACROSS, COUNT, SCALED, OVERLAP)),
+            (_produce, (left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, second, third, starts, ACROSS, COUNT, OVERLAP)),
         ],
         [4, 1],
         [232, 40],
-    )
+    )  # fmt: skip
 
 
 class Matrix(NamedTuple):
@@ -153,9 +288,9 @@ class Matrix(NamedTuple):
     rows: int
     cols: int
     stride: int
-    start: int
     block: tuple[int, int]
     layout: gl.NVMMASharedLayout
+    start: int = 0
 
     def of(self, t: Tensor) -> TensorDescriptor:
         # what its constructor checks, `_prepared` has
@@ -168,58 +303,87 @@ class Matrix(NamedTuple):
 
 @lru_cache(KEPT)
 def _prepared(
-    m: int, k: int, n: int, rank: int, strides: tuple[int, ...], starts: tuple[int, int], across: bool, scaled: bool,
-    dtype: torch.dtype, device: torch.device,
+    m: int, ks: tuple[int, ...], ns: tuple[int, ...], layout: Layout, strides: tuple[int, ...], weight_strides: tuple[int, ...],
+    across: bool, scaled: bool, overlaps: bool, dtype: torch.dtype, device: torch.device,
 ) -> Prepared | None:  # fmt: skip
-    """The launch, or None where this kernel does not take the product; ``strides`` and ``starts``: see below."""
-    if any(stride % 8 or not stride for stride in strides) or any(start % 8 for start in starts):
+    """The launch, or None where this kernel does not take the product.
+
+    ``ks``: columns of the left operands; ``ns``: of the outputs.
+    """
+    count = len(weight_strides)
+    if any(stride % 8 or not stride for stride in strides + weight_strides):
         return None  # the copy engine reads rows that begin at 16-byte marks
-    tiles = cdiv(m, BLOCK_M.value) * cdiv(n, BLOCK_N.value)
-    if dtype not in (torch.bfloat16, torch.float16) or n % 8 or tiles < sm_count(device):
+    first = [0]
+    for n in ns:
+        first.append(first[-1] + cdiv(n, BLOCK_N.value))
+    m_tiles, n_tiles = cdiv(m, BLOCK_M.value), first[-1]
+    fits = dtype in (torch.bfloat16, torch.float16) and not any(n % 8 for n in ns)
+    if not fits or m_tiles * n_tiles < sm_count(device):
         return None
-    (a_stride, weight_stride, t_stride, low_stride), (t_start, low_start) = strides, starts
-    left = (ROWS.value, BLOCK_K.value), A_TILE.value
+    left, piece = ((ROWS.value, BLOCK_K.value), A_TILE.value), ((ROWS.value, PIECE.value), A_TILE.value)
+    padded, width = layout.padded, layout.width
     if across:
         right = (BLOCK_K.value, BLOCK_N.value), B_TILE_ACROSS.value
-        weight, low = (k, n, weight_stride), (rank, n, low_stride)
+        low_tiles = cdiv(count * padded, BLOCK_K.value)
+        weights = [Matrix(k, ns[0], stride, *right) for k, stride in zip(ks, weight_strides)]
+        t = Matrix(m, count * padded, count * padded, *left)
+        low = Matrix(count * padded, ns[0], ns[0], *right)
+        starts = [0, *accumulate(ks)]
     else:
         right = (BLOCK_N.value, BLOCK_K.value), B_TILE.value
-        weight, low = (n, k, weight_stride), (n, rank, low_stride)
-    blocks = (
-        None,
-        Matrix(m, k, a_stride, 0, *left),
-        Matrix(*weight, 0, *right),
-        Matrix(m, rank, t_stride, t_start, *left),
-        Matrix(*low, low_start, *right),
-        Matrix(m, n, n, 0, (ROWS.value, BLOCK_N.value), B_TILE_ACROSS.value),
-    )
+        low_tiles = cdiv(width, BLOCK_K.value)
+        weights = [Matrix(n, ks[0], stride, *right) for n, stride in zip(ns, weight_strides)]
+        t = Matrix(count * m, width, padded, *left)
+        low = Matrix(sum(ns), width, padded, *right)
+        starts = [0, *accumulate(ns)]
+    lefts = [Matrix(m, k, stride, *left) for k, stride in zip(ks, strides)]
+    outs = [Matrix(m, n, n, *piece) for n in ns]
+    last = lambda found: [*found, *found[-1:] * (MOST - len(found))]
+    beyond = lambda found: (*found[1:count], *[n_tiles] * (MOST - count)) if not across else (n_tiles, n_tiles)
     return Prepared(
         "lora_linear",
         linear_low_rank_kernel,
         device,
-        (min(tiles, sm_count(device)),),
-        (n, cdiv(m, BLOCK_M.value), cdiv(n, BLOCK_N.value), cdiv(k, BLOCK_K.value), cdiv(rank, BLOCK_K.value)),
-        {"ACROSS": across, "SCALED": scaled, "num_warps": 4, "maxnreg": 168},
-        blocks,
+        (min(m_tiles * n_tiles, sm_count(device)),),
+        (
+            *fill(ks if across else ns, 0),
+            *fill(tuple(cdiv(k, BLOCK_K.value) for k in ks), 0),
+            m_tiles,
+            n_tiles,
+            m,
+            low_tiles,
+        )
+        + (*beyond(first), *fill(tuple(starts[1:count]), 0)[:2]),
+        {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": overlaps, "num_warps": 4, "maxnreg": 168}
+        | ({"launch_pdl": True} if overlaps else {}),
+        (None, *last(lefts), *last(weights), t, low, *last(outs)),
     )
 
 
 def linear_low_rank(
-    a: Tensor, weight: Tensor, t: Tensor, low: Tensor, rank: int, starts: tuple[int, int], across: bool,
-    scale: Tensor | None, shape: tuple[int, ...],
-) -> Tensor | None:  # fmt: skip
-    """The product in ``shape``, rows side by side, or None where this kernel does not take it.
+    lefts: list[Tensor], weights: list[Tensor], t: Tensor, low: Tensor, layout: Layout, across: bool, scale: Tensor | None,
+    sizes: list[tuple[int, ...]], overlaps: bool,
+) -> list[Tensor] | None:  # fmt: skip
+    """The products in ``sizes``, rows side by side, or None where this kernel does not take them.
 
-    ``weight`` is (N, K) or, ``across``, (K, N); ``rank`` columns of t and columns (or rows) of ``low`` count, and begin
-    ``starts`` elements into them. All tensors are matrices of unit stride in the last dimension.
+    One left operand and several weights (N, K) give several results; ``across``, several of both, weights (K, N), one sum.
+    ``t`` and ``low``: as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns, or ``across`` of all
+    left columns. ``overlaps``: the kernel before this one wrote t and low and let this one begin.
     """
-    if (a.data_ptr() | weight.data_ptr() | t.data_ptr() | low.data_ptr()) & 15 or weight.dtype != a.dtype:
+    bits = t.data_ptr() | low.data_ptr()
+    for tensor in (*lefts, *weights):
+        bits |= tensor.data_ptr()
+        if tensor.stride(1) != 1 or tensor.dtype != t.dtype:
+            return None
+    if bits & 15:
         return None
-    strides = (a.stride(0), weight.stride(0), t.stride(0), low.stride(0))
-    n = weight.shape[1 if across else 0]
-    run = _prepared(*a.shape, n, rank, strides, starts, across, scale is not None, a.dtype, a.device)
-    if run is None or weight.stride(1) != 1:
+    run = _prepared(
+        lefts[0].shape[0], tuple([a.shape[1] for a in lefts]), tuple([size[-1] for size in sizes]), layout,
+        tuple([a.stride(0) for a in lefts]), tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps,
+        t.dtype, t.device,
+    )  # fmt: skip
+    if run is None:
         return None
-    out = a.new_empty(shape)
-    run(a if scale is None else scale, a, weight, t, low, out)
-    return out
+    outs = [t.new_empty(size) for size in sizes]
+    run(t if scale is None else scale, *three(lefts), *three(weights), t, low, *three(outs))
+    return outs

@@ -1,15 +1,16 @@
-"""The skinny products of low-rank adapters: each reads its large operand once.
+"""The skinny products of low-rank adapters: two passes over the large operands, made to run in the shadow of the frozen product.
 
-    parts   a matrix as 16-bit parts, scaled                    (R, K) or (N, R)
-    shrink  t  = drop(x) A^T                                    (M, K) -> (M, R)
-    grads   du = dy B and db = dy^T t in one pass over dy       (M, N) -> (M, R), (N, R)
-            with x and du for dy and t: dA^T = drop(x)^T du
-    sum     adds their partial results (fp32) in a fixed order
-    expand  dx = drop'(du A)                                    (M, R) -> (M, K)
+    shrink   t_j = drop_j(x) A_j^T, or du_j = s_j (k_j dy_j) B_j        a block of rows and all columns in a program
+    outer    dB_j = s_j k_j dy_j^T t_j,  dA_j = du_j^T drop_j(x),       a block of columns and all rows in a program
+             and for DoRA sum(dy_j * y_j)
+    expand   dx (+)= drop_j'(du_j A_j)                                  where dropout keeps it out of the product
 
-fp32 adapters beside 16-bit activations stand as two 16-bit numbers, hi + lo (SPLIT), which is exact to 2^-16 (in fp16 as far
-as its smallest number, 6e-8, goes): a product of two such matrices is hi hi + lo hi + hi lo. One side is laid out
-[hi | lo | hi], the other [hi | hi | lo], so that one product of three times the rank gives the sum.
+Neither hands over partial sums. A program takes 4 warps, at most 128 registers and 50 KB: what the product's own programs
+(:mod:`m3kernels.ops._linear_hopper`) leave of a multiprocessor, so that both run side by side.
+
+fp32 adapters beside 16-bit activations are taken as two 16-bit numbers, hi + lo (SPLIT), which is exact to 2^-16 (in fp16 as far
+as its smallest number, 6e-8, goes): a product of two such matrices is hi hi + lo hi + hi lo. For the frozen product, which
+adds t_j (s_j B_j)^T, one side is written [hi | lo | hi] and the other [hi | hi | lo]: three times the rank gives the sum.
 
 Dropout's mask is made anew wherever it is needed, from a counter: (seed; row, column).
 """
@@ -19,6 +20,7 @@ from m3kernels.ops._triton import tl, triton
 
 # Philox with 7 rounds passes BigCrush (Salmon et al. 2011); torch's has 10
 ROUNDS = tl.constexpr(7)
+PARTS_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -58,242 +60,251 @@ def _pointer_of(which, p_first, p_second, p_third):
 
 
 @triton.jit
-def lora_parts_kernel(
-    p_a1,
-    p_a2,
-    p_a3,
-    p_b1,
-    p_b2,
-    p_b3,
-    p_scale,
-    p_a,
-    p_low,
-    s1,
-    s2,
-    s3,
-    n1,
-    n2,
-    n3,
-    width,
-    rank,
-    padded,
-    a_blocks,
-    count,
-    BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SCALED: tl.constexpr,
+def _add_small(
+    b_sum, b_x, p_small, p_scale, mask, m_k, SPLIT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """A of all projections as [hi ; hi ; lo], rows from j * ``padded`` on, and s B (times a scale of each row) as [hi | hi | lo].
-
-    The first ``a_blocks`` blocks of each projection are A's; B's rows follow each other.
-    """
-    index = tl.program_id(0)
-    if index < a_blocks * count:
-        of = index // a_blocks
-        o_a = (index % a_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        m_a = o_a < rank * width
-        b_a = tl.load(_pointer_of(of, p_a1, p_a2, p_a3) + o_a, mask=m_a, other=0.0).to(tl.float32)
-        _store_parts(p_a + of.to(tl.int64) * padded * width + o_a, b_a, rank * width, m_a, "hi", SPLIT)
-    else:
-        o_b = (index - a_blocks * count).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        row, col = o_b // rank, o_b % rank
-        m_b = row < n1 + n2 + n3
-        which = (row >= n1).to(tl.int32) + (row >= n1 + n2)
-        inside = (row - _one_of(which, 0, n1, n1 + n2)) * rank + col
-        b_b = tl.load(p_b1 + inside, mask=m_b & (which == 0), other=0.0).to(tl.float32)
-        b_b += tl.load(p_b2 + inside, mask=m_b & (which == 1), other=0.0).to(tl.float32)
-        b_b += tl.load(p_b3 + inside, mask=m_b & (which == 2), other=0.0).to(tl.float32)
-        b_b *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
-        if SCALED:
-            b_b *= tl.load(p_scale + row, mask=m_b, other=0.0)
-        _store_parts(p_low + row * padded + col, b_b, rank, m_b, "hi", SPLIT)
+    """``b_sum + b_x small``, a tile (columns of x, rank) of A^T or B; its rows times ``p_scale`` where SCALED."""
+    b_small = tl.load(p_small, mask=mask, other=0.0)
+    if SCALED:
+        b_small = b_small.to(tl.float32) * tl.load(p_scale, mask=m_k, other=0.0)[:, None]
+    hi = b_small.to(b_x.dtype)
+    b_sum = add_product(b_sum, b_x, hi, PRECISION)
+    if SPLIT:
+        lo = (b_small - hi.to(tl.float32)).to(b_x.dtype)
+        b_sum = add_product(b_sum, b_x, lo, PRECISION)
+    return b_sum
 
 
-@triton.jit(do_not_specialize=["rows"])
-def lora_shrink_kernel(
-    p_x,
-    p_a,
-    p_t,
-    p_seed,
-    x_stride,
-    a_stride,
-    t_stride,
-    rows,
-    width,
-    rank,
-    each,
-    padded,
-    dropout,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RANK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DROPS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``rank`` columns of t: those of all projections, or of one where each has a mask of its own.
-
-    Projection j has ``each`` of them; its rows of A and columns of t begin at j * ``padded``.
-    """
-    group = tl.program_id(0)
-    o_m, o_k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    o_r = tl.arange(0, RANK)
-    place = (group + o_r // each) * padded + o_r % each
+@triton.jit
+def _shrink_one(
+    p_x, x_stride, p_small, small_row, small_col, p_scale, p_seed, width, rows, rank, row, first_rank, dropout,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of rows of x times one small matrix."""
+    o_m, o_k, o_r = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), first_rank + tl.arange(0, RANK)
     m_m, m_r = o_m < rows, o_r < rank
     p_x += o_m.to(tl.int64)[:, None] * x_stride + o_k[None, :]
-    p_a += place.to(tl.int64)[None, :] * a_stride + o_k[:, None]
-    b_t = tl.zeros([BLOCK_M, RANK], tl.float32)
+    p_small += o_k.to(tl.int64)[:, None] * small_row + o_r.to(tl.int64)[None, :] * small_col
+    b_sum = tl.zeros([BLOCK_M, RANK], tl.float32)
     for k in range(0, width, BLOCK_K):
         m_k = k + o_k < width
         b_x = tl.load(p_x + k, mask=m_m[:, None] & m_k[None, :], other=0.0)
         if DROPS:
-            b_x = _keep(b_x, p_seed + group, o_m, k + o_k, dropout)
-        b_a = tl.load(p_a + k, mask=m_k[:, None] & m_r[None, :], other=0.0)
-        b_t = add_product(b_t, b_x, b_a, PRECISION)
-        if SPLIT:
-            b_lo = tl.load(p_a + 2 * each * a_stride + k, mask=m_k[:, None] & m_r[None, :], other=0.0)
-            b_t = add_product(b_t, b_x, b_lo, PRECISION)
-    if DROPS:
-        b_t /= 1.0 - dropout
-    p_t += o_m.to(tl.int64)[:, None] * t_stride + place[None, :]
-    _store_parts(p_t, b_t, each, m_m[:, None] & m_r[None, :], "lo", SPLIT)
-
-
-@triton.jit(do_not_specialize=["rows", "rows_each"])
-def lora_grads_kernel(
-    p_y1,
-    p_y2,
-    p_y3,
-    p_low,
-    p_t,
-    p_du,
-    p_db,
-    p_seed,
-    n1,
-    n2,
-    n3,
-    rows,
-    low_stride,
-    t_stride,
-    padded,
-    rank,
-    part,
-    rows_each,
-    dropout,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RANK: tl.constexpr,
-    WITH_DU: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DROPS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Columns of one block of one projection, rows of one share: partial du (blocks, M, RANK), db (shares, N of all, RANK).
-
-    ``part``: columns from hi to lo in t; in low, lo is the third part.
-    """
-    block, share = tl.program_id(0), tl.program_id(1)
-    first1, first2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
-    which = (block >= first1).to(tl.int32) + (block >= first2)
-    cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)
-    p_y, inside = _pointer_of(which, p_y1, p_y2, p_y3), block - _one_of(which, 0, first1, first2)
-    o_n, o_r, o_b = inside * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, RANK), tl.arange(0, BLOCK_M)
-    m_n, m_r = o_n < cols, o_r < rank
-    p_t += which * padded
-    if WITH_DU:
-        p_low += (before + o_n).to(tl.int64)[:, None] * low_stride + o_r[None, :]
-        b_b = tl.load(p_low, mask=m_n[:, None] & m_r[None, :], other=0.0)
-        if SPLIT:
-            b_lo = tl.load(p_low + 2 * part, mask=m_n[:, None] & m_r[None, :], other=0.0)
-    o_tile = o_b[:, None] * cols + o_n[None, :]
-    b_db = tl.zeros([BLOCK_N, RANK], tl.float32)
-    first = share * rows_each
-    end = tl.minimum(first + rows_each, rows)
-    for m in range(first, end, BLOCK_M):
-        o_m = m + o_b
-        m_m = o_m < end
-        o_y, mask = tl.cast(m, tl.int64) * cols, m_m[:, None] & m_n[None, :]
-        b_y = tl.load(p_y + o_y + o_tile, mask=mask, other=0.0)
-        p_row = p_t + o_m.to(tl.int64)[:, None] * t_stride + o_r[None, :]
-        b_t = tl.load(p_row, mask=m_m[:, None] & m_r[None, :], other=0.0)
-        if DROPS:
-            b_y = _keep(b_y, p_seed, o_m, o_n, dropout)
-        b_db = add_product(b_db, tl.trans(b_y), b_t, PRECISION)
-        if SPLIT:
-            b_t = tl.load(p_row + part, mask=m_m[:, None] & m_r[None, :], other=0.0)
-            b_db = add_product(b_db, tl.trans(b_y), b_t, PRECISION)
-        if WITH_DU:
-            b_du = tl.dot(b_y, b_b, input_precision=PRECISION)
-            if SPLIT:
-                b_du += tl.dot(b_y, b_lo, input_precision=PRECISION)
-            o_du = (block.to(tl.int64) * rows + o_m[:, None]) * RANK + o_r[None, :]
-            tl.store(p_du + o_du, b_du, mask=m_m[:, None])
-    o_db = (share.to(tl.int64) * (n1 + n2 + n3) + before + o_n[:, None]) * RANK + o_r[None, :]
-    tl.store(p_db + o_db, b_db, mask=m_n[:, None])
+            b_x = _keep(b_x, p_seed, o_m, k + o_k, dropout)
+        mask, p_tile = m_k[:, None] & m_r[None, :], p_small + tl.cast(k, tl.int64) * small_row
+        b_sum = _add_small(b_sum, b_x, p_tile, p_scale + k + o_k, mask, m_k, SPLIT, SCALED, PRECISION)
+    return b_sum
 
 
 @triton.jit
-def _add_up(p_parts, o_m, o_r, rows, first, end, BLOCK: tl.constexpr, RANK: tl.constexpr):
-    """The sum over parts ``first`` to ``end`` of (parts, rows, RANK), in their order."""
-    total = tl.zeros([BLOCK, RANK], tl.float32)
-    p_parts += (first * rows).to(tl.int64) * RANK + o_m.to(tl.int64)[:, None] * RANK + o_r[None, :]
-    for _ in range(first, end):
-        total += tl.load(p_parts, mask=(o_m < rows)[:, None], other=0.0)
-        p_parts += rows.to(tl.int64) * RANK
-    return total
+def _shrink_shared(
+    p_x, x_stride, p_1, p_2, p_3, small_row, small_col, width, rows, rank, row, first_rank,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same of several small matrices: x is read once."""
+    o_m, o_k, o_r = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), first_rank + tl.arange(0, RANK)
+    m_m, m_r = o_m < rows, o_r < rank
+    p_x += o_m.to(tl.int64)[:, None] * x_stride + o_k[None, :]
+    o_small = o_k.to(tl.int64)[:, None] * small_row + o_r.to(tl.int64)[None, :] * small_col
+    b_1, b_2 = tl.zeros([BLOCK_M, RANK], tl.float32), tl.zeros([BLOCK_M, RANK], tl.float32)
+    b_3 = tl.zeros([BLOCK_M, RANK], tl.float32)
+    for k in range(0, width, BLOCK_K):
+        m_k = k + o_k < width
+        mask, o_tile = m_k[:, None] & m_r[None, :], tl.cast(k, tl.int64) * small_row + o_small
+        b_x = tl.load(p_x + k, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_1 = _add_small(b_1, b_x, p_1 + o_tile, p_1, mask, m_k, SPLIT, False, PRECISION)
+        b_2 = _add_small(b_2, b_x, p_2 + o_tile, p_2, mask, m_k, SPLIT, False, PRECISION)
+        if COUNT > 2:
+            b_3 = _add_small(b_3, b_x, p_3 + o_tile, p_3, mask, m_k, SPLIT, False, PRECISION)
+    return b_1, b_2, b_3
 
 
-@triton.jit(do_not_specialize=["rows", "shares"])
-def lora_sum_kernel(
-    p_part_du,
-    p_part_db,
-    p_du,
-    p_db,
-    p_scale,
-    s1,
-    s2,
-    s3,
-    n1,
-    n2,
-    n3,
-    rows,
-    du_stride,
-    db_row_stride,
-    db_col_stride,
-    padded,
-    rank,
-    part,
-    shares,
-    du_programs,
-    count,
-    BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RANK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """du of each projection, as [hi | lo | hi] where SPLIT, and db = s * sum (times a scale of each row), one below another."""
-    index, o_r = tl.program_id(0), tl.arange(0, RANK)
-    m_r = (o_r < rank)[None, :]
-    if index < du_programs * count:
-        of = index // du_programs
-        o_m = (index % du_programs) * BLOCK + tl.arange(0, BLOCK)
-        first1, first2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
-        last = first2 + tl.cdiv(n3, BLOCK_N)
-        first, end = _one_of(of, 0, first1, first2), _one_of(of, first1, first2, last)
-        b_du = _add_up(p_part_du, o_m, o_r, rows, first, end, BLOCK, RANK)
-        p_out = p_du + o_m.to(tl.int64)[:, None] * du_stride + of * padded + o_r[None, :]
-        _store_parts(p_out, b_du, part, (o_m < rows)[:, None] & m_r, "lo", SPLIT)
+@triton.jit(do_not_specialize=["rows", "out_each"])
+def lora_shrink_kernel(
+    p_x1, p_x2, p_x3, p_small1, p_small2, p_small3, p_other1, p_other2, p_other3, p_scale, p_out, p_parts, p_seed,
+    x_stride1, x_stride2, x_stride3, width1, width2, width3, factor1, factor2, factor3, rows, rank, small_row, small_col, dropout,
+    out_stride, out_each, length1, length2, length3, base1, base2, base3, other1, other2, other3,
+    inner, outer, part, parts_programs, row_blocks,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SHARED: tl.constexpr,
+    SPLIT: tl.constexpr, SCALED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out_j = factor_j x_j small_j as [hi | lo | hi], and the other adapter matrices as the product takes them.
+
+    ``small``: (columns of x, rank) by strides. ``SHARED``: all x are one. out_j begins at j * ``out_each``. ``other`` (``length``
+    elements, times other_j) goes to ``base`` of ``p_parts`` as [hi, hi, lo], ``part`` elements apart, ``inner`` elements of each
+    ``outer``; the first ``parts_programs`` programs do that.
+    """
+    if OVERLAP:
+        # the product needs none of this before the end of its first tile
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    if program < parts_programs:
+        blocks1, blocks2 = tl.cdiv(length1, PARTS_BLOCK), tl.cdiv(length1, PARTS_BLOCK) + tl.cdiv(length2, PARTS_BLOCK)
+        which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
+        o = (program - _one_of(which, 0, blocks1, blocks2)) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
+        mask = o < _one_of(which, length1, length2, length3)
+        b_other = tl.load(_pointer_of(which, p_other1, p_other2, p_other3) + o, mask=mask, other=0.0).to(tl.float32)
+        b_other *= _one_of(which, tl.cast(other1, tl.float32), tl.cast(other2, tl.float32), tl.cast(other3, tl.float32))
+        o_parts = _one_of(which, base1, base2, base3) + (o // inner).to(tl.int64) * outer + o % inner
+        _store_parts(p_parts + o_parts, b_other, part, mask, "hi", SPLIT)
     else:
-        o_n, n = (index - du_programs * count) * BLOCK + tl.arange(0, BLOCK), n1 + n2 + n3
-        b_db = _add_up(p_part_db, o_n, o_r, n, n * 0, shares, BLOCK, RANK)
-        which = (o_n >= n1).to(tl.int32) + (o_n >= n1 + n2)
-        factor = _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        first_rank = tl.program_id(1) * RANK
+        o_r = first_rank + tl.arange(0, RANK)
+        for block in range(program - parts_programs, row_blocks, tl.num_programs(0) - parts_programs):
+            row = block * BLOCK_M
+            o_m = row + tl.arange(0, BLOCK_M)
+            mask = (o_m < rows)[:, None] & (o_r < rank)[None, :]
+            p_row = p_out + o_m.to(tl.int64)[:, None] * out_stride + o_r[None, :]
+            if SHARED:
+                b_1, b_2, b_3 = _shrink_shared(
+                    p_x1, x_stride1, p_small1, p_small2, p_small3, small_row, small_col, width1, rows, rank, row, first_rank,
+                    BLOCK_M, BLOCK_K, RANK, COUNT, SPLIT, PRECISION,
+                )  # fmt: skip
+                _store_parts(p_row, b_1 * factor1, rank, mask, "lo", SPLIT)
+                _store_parts(p_row + out_each, b_2 * factor2, rank, mask, "lo", SPLIT)
+                if COUNT > 2:
+                    _store_parts(p_row + 2 * tl.cast(out_each, tl.int64), b_3 * factor3, rank, mask, "lo", SPLIT)
+            else:
+                b_1 = _shrink_one(
+                    p_x1, x_stride1, p_small1, small_row, small_col, p_scale, p_seed, width1, rows, rank, row, first_rank,
+                    dropout, BLOCK_M, BLOCK_K, RANK, SPLIT, SCALED, DROPS, PRECISION,
+                )  # fmt: skip
+                _store_parts(p_row, b_1 * factor1, rank, mask, "lo", SPLIT)
+                if COUNT > 1:
+                    b_2 = _shrink_one(
+                        p_x2, x_stride2, p_small2, small_row, small_col, p_scale + width1, p_seed + 1, width2, rows, rank, row,
+                        first_rank, dropout, BLOCK_M, BLOCK_K, RANK, SPLIT, SCALED, DROPS, PRECISION,
+                    )  # fmt: skip
+                    _store_parts(p_row + out_each, b_2 * factor2, rank, mask, "lo", SPLIT)
+                if COUNT > 2:
+                    b_3 = _shrink_one(
+                        p_x3, x_stride3, p_small3, small_row, small_col, p_scale + width1 + width2, p_seed + 2, width3, rows,
+                        rank, row, first_rank, dropout, BLOCK_M, BLOCK_K, RANK, SPLIT, SCALED, DROPS, PRECISION,
+                    )  # fmt: skip
+                    _store_parts(p_row + 2 * tl.cast(out_each, tl.int64), b_3 * factor3, rank, mask, "lo", SPLIT)
+
+
+@triton.jit
+def _outer_one(
+    p_y, y_stride, p_out, out_stride, p_t, t_stride, part, p_seed, dropout, rows, cols, rank, o_n, first_rank,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, WITH_OUT: tl.constexpr,
+    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(columns of y, rank): y^T t over all rows; with WITH_OUT also sum(y * out) of each column."""
+    o_b, o_r = tl.arange(0, BLOCK_M), first_rank + tl.arange(0, RANK)
+    m_n, m_r = o_n < cols, o_r < rank
+    o_b64 = o_b.to(tl.int64)[:, None]
+    o_y, o_out, o_t = o_b64 * y_stride, o_b64 * out_stride, o_b64 * t_stride
+    b_sum, b_both = tl.zeros([BLOCK_N, RANK], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for m in range(0, rows, BLOCK_M):
+        m_m, at = m + o_b < rows, tl.cast(m, tl.int64)
+        mask, m_t = m_m[:, None] & m_n[None, :], m_m[:, None] & m_r[None, :]
+        b_y = tl.load(p_y + at * y_stride + (o_y + o_n[None, :]), mask=mask, other=0.0)
+        if WITH_OUT:
+            b_out = tl.load(p_out + at * out_stride + (o_out + o_n[None, :]), mask=mask, other=0.0)
+            # by elements: a sum over rows in every step would make the warps wait for each other
+            b_both += b_y.to(tl.float32) * b_out.to(tl.float32)
+        if DROPS:
+            b_y = _keep(b_y, p_seed, m + o_b, o_n, dropout)
+        p_row = p_t + at * t_stride + (o_t + o_r[None, :])
+        b_sum = add_product(b_sum, tl.trans(b_y), tl.load(p_row, mask=m_t, other=0.0), PRECISION)
+        if SPLIT:
+            b_sum = add_product(b_sum, tl.trans(b_y), tl.load(p_row + part, mask=m_t, other=0.0), PRECISION)
+    return b_sum, tl.sum(b_both, axis=0)
+
+
+@triton.jit
+def _outer_shared(
+    p_x, x_stride, p_u, u_stride, u_each, part, rows, cols, rank, o_n, first_rank,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same with several t: x is read once."""
+    o_b, o_r = tl.arange(0, BLOCK_M), first_rank + tl.arange(0, RANK)
+    m_n, m_r = o_n < cols, o_r < rank
+    o_x, o_u = o_b.to(tl.int64)[:, None] * x_stride, o_b.to(tl.int64)[:, None] * u_stride
+    b_1, b_2 = tl.zeros([BLOCK_N, RANK], tl.float32), tl.zeros([BLOCK_N, RANK], tl.float32)
+    b_3 = tl.zeros([BLOCK_N, RANK], tl.float32)
+    for m in range(0, rows, BLOCK_M):
+        m_m, at = m + o_b < rows, tl.cast(m, tl.int64)
+        b_x = tl.load(p_x + at * x_stride + (o_x + o_n[None, :]), mask=m_m[:, None] & m_n[None, :], other=0.0)
+        p_row, m_u = p_u + at * u_stride + (o_u + o_r[None, :]), m_m[:, None] & m_r[None, :]
+        b_1 = add_product(b_1, tl.trans(b_x), tl.load(p_row, mask=m_u, other=0.0), PRECISION)
+        b_2 = add_product(b_2, tl.trans(b_x), tl.load(p_row + u_each, mask=m_u, other=0.0), PRECISION)
+        if COUNT > 2:
+            b_3 = add_product(b_3, tl.trans(b_x), tl.load(p_row + 2 * u_each, mask=m_u, other=0.0), PRECISION)
+        if SPLIT:
+            p_row += part
+            b_1 = add_product(b_1, tl.trans(b_x), tl.load(p_row, mask=m_u, other=0.0), PRECISION)
+            b_2 = add_product(b_2, tl.trans(b_x), tl.load(p_row + u_each, mask=m_u, other=0.0), PRECISION)
+            if COUNT > 2:
+                b_3 = add_product(b_3, tl.trans(b_x), tl.load(p_row + 2 * u_each, mask=m_u, other=0.0), PRECISION)
+    return b_1, b_2, b_3
+
+
+@triton.jit(do_not_specialize=["rows", "t_each"])
+def lora_outer_kernel(
+    p_y1, p_y2, p_y3, p_out1, p_out2, p_out3, p_x, p_t, p_u, p_db, p_da, p_dm, p_scale, p_norm, p_seed,
+    n1, n2, n3, width, x_stride, out_stride1, out_stride2, out_stride3, rows, rank, t_stride, t_each, u_stride, u_each, part,
+    s1, s2, s3, dropout, y_programs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
+    SCALED: tl.constexpr, OF_Z: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """dB of all (N of all, rank) and dA (count, rank, width); for DoRA (SCALED) dm of all, from y (or from z, OF_Z).
+
+    A program holds a block of columns: of a gradient y_j (rows n_j wide) in the first ``y_programs``, else of x.
+    ``part``: columns from hi to lo in t and u.
+    """
+    program, first_rank = tl.program_id(0), tl.program_id(1) * RANK
+    o_r = first_rank + tl.arange(0, RANK)
+    if program < y_programs:
+        blocks1, blocks2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
+        which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
+        o_n = (program - _one_of(which, 0, blocks1, blocks2)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)
+        m_n = o_n < cols
+        b_db, b_dm = _outer_one(
+            _pointer_of(which, p_y1, p_y2, p_y3), cols, _pointer_of(which, p_out1, p_out2, p_out3),
+            _one_of(which, out_stride1, out_stride2, out_stride3), p_t + which.to(tl.int64) * t_each, t_stride, part, p_seed,
+            dropout, rows, cols, rank, o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, SCALED, False, PRECISION,
+        )  # fmt: skip
+        b_db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
         if SCALED:
-            factor *= tl.load(p_scale + o_n, mask=o_n < n, other=0.0)
-        b_db *= factor[:, None]
-        o_out = o_n.to(tl.int64)[:, None] * db_row_stride + o_r.to(tl.int64)[None, :] * db_col_stride
-        tl.store(p_db + o_out, b_db.to(p_db.dtype.element_ty), mask=(o_n < n)[:, None] & m_r)
+            scale = tl.load(p_scale + before + o_n, mask=m_n, other=1.0)
+            b_db *= scale[:, None]
+            norm = tl.load(p_norm + before + o_n, mask=m_n, other=1.0)
+            tl.store(p_dm + before + o_n, b_dm / (norm if OF_Z else norm * scale), mask=m_n & (first_rank == 0))
+        o_db = (before + o_n).to(tl.int64)[:, None] * rank + o_r[None, :]
+        tl.store(p_db + o_db, b_db.to(p_db.dtype.element_ty), mask=m_n[:, None] & (o_r < rank)[None, :])
+    else:
+        o_n = (program - y_programs) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (o_n < width)[:, None] & (o_r < rank)[None, :]
+        p_own = p_da + (o_r.to(tl.int64)[None, :] * width + o_n[:, None])
+        dtype: tl.constexpr = p_da.dtype.element_ty
+        each = tl.cast(rank, tl.int64) * width
+        if COUNT > 1 and not DROPS:
+            b_1, b_2, b_3 = _outer_shared(
+                p_x, x_stride, p_u, u_stride, u_each, part, rows, width, rank, o_n, first_rank,
+                BLOCK_M, BLOCK_N, RANK, COUNT, SPLIT, PRECISION,
+            )  # fmt: skip
+            tl.store(p_own, b_1.to(dtype), mask=mask)
+            tl.store(p_own + each, b_2.to(dtype), mask=mask)
+            if COUNT > 2:
+                tl.store(p_own + 2 * each, b_3.to(dtype), mask=mask)
+        else:
+            for j in tl.static_range(COUNT):
+                b_da, _ = _outer_one(
+                    p_x, x_stride, p_x, x_stride, p_u + j * u_each, u_stride, part, p_seed + j, dropout, rows, width, rank,
+                    o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, False, DROPS, PRECISION,
+                )  # fmt: skip
+                if DROPS:
+                    b_da /= 1.0 - dropout
+                tl.store(p_own + j * each, b_da.to(dtype), mask=mask)
+    if OVERLAP:
+        # du was there before the product let this begin; what follows may not begin before the product has ended
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -336,26 +347,11 @@ def lora_expand_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def dora_grad_kernel(
-    p_dy, p_y, p_scale, p_dz, p_sum, dy_stride, y_stride, rows, cols, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """dz = scale * dy, and for each share of rows sum(dy * y).
-
-    In the pass of lora_grads_kernel it was slower, 624 us for 507 (8192 x 18,432, H100): its loads can then not run ahead.
-    """
-    block, share = tl.program_id(0), tl.program_id(1)
-    o_n, o_b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    m_n = o_n < cols
-    scale = tl.load(p_scale + o_n, mask=m_n, other=1.0)
-    # by elements: a sum over rows in every step would make the warps wait for each other
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    first = share * rows_each
-    end = tl.minimum(first + rows_each, rows)
-    for m in range(first, end, BLOCK_M):
-        o_m = (m + o_b).to(tl.int64)[:, None]
-        mask = (m + o_b < end)[:, None] & m_n[None, :]
-        dy = tl.load(p_dy + o_m * dy_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(p_y + o_m * y_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += dy * y
-        tl.store(p_dz + o_m * cols + o_n[None, :], (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
-    tl.store(p_sum + share.to(tl.int64) * cols + o_n, tl.sum(total, axis=0), mask=m_n)
+def dora_scale_rows_kernel(p_dy, p_scale, p_dz, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dz = scale * dy where the product cannot do that itself."""
+    o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask, o = (o_m < rows)[:, None] & (o_n < cols)[None, :], o_m[:, None] * cols + o_n[None, :]
+    scale = tl.load(p_scale + o_n, mask=o_n < cols, other=1.0)
+    dy = tl.load(p_dy + o, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_dz + o, (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)

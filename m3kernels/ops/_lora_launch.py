@@ -4,20 +4,19 @@ The host issues hundreds of them a step: what follows from shapes alone is worke
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import cdiv, launch, next_power_of_2, sm_count
+from m3kernels.ops._common import cdiv, launch, next_power_of_2, overlap_meta, sm_count
 from m3kernels.ops._lora_kernels import (
-    dora_grad_kernel,
+    PARTS_BLOCK,
+    dora_scale_rows_kernel,
     lora_expand_kernel,
-    lora_grads_kernel,
-    lora_parts_kernel,
+    lora_outer_kernel,
     lora_shrink_kernel,
-    lora_sum_kernel,
 )
 from m3kernels.ops._prepared import KEPT, Prepared
 
@@ -27,27 +26,19 @@ MAX_RANK = 512
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Rows and columns of the large operand's tile, warps, load stages."""
+    """Rows and columns of the large operand's tile, load stages; 4 warps."""
 
     rows: int
     cols: int
-    warps: int
     stages: int
 
 
-# by columns of t in one program
-SHRINK = {64: SkinnyConfig(64, 128, 4, 4), 128: SkinnyConfig(64, 64, 8, 3), 512: SkinnyConfig(16, 32, 8, 2)}
-# (columns, split): of 7 each, H100 (8192 x 18,432: 178, 206 and 210 us; two cuBLAS products take 240)
-GRADS = {
-    (16, False): SkinnyConfig(64, 512, 8, 3),
-    (16, True): SkinnyConfig(64, 128, 4, 3),
-    (32, False): SkinnyConfig(64, 256, 8, 3),
-}
+# by columns of small matrices that one tile of x meets; with the product's own 177 KB a multiprocessor has 50 KB left
+SHRINK = {16: SkinnyConfig(32, 128, 3), 64: SkinnyConfig(32, 64, 3)}
+OUTER = {16: SkinnyConfig(64, 64, 4), 96: SkinnyConfig(32, 64, 3)}
 # with dropout, and for fp32, where products are no business of tensor cores
-WIDE = SkinnyConfig(32, 64, 4, 1)
-# where a program has less shared memory than an H100's 227 KB
-SMALL = SkinnyConfig(32, 64, 4, 2)
-SHARED_MEMORY = 232_448
+WIDE = SkinnyConfig(32, 64, 1)
+# columns of A^T or B in one program; cuBLAS takes larger ranks
 MOST_AT_ONCE = 64
 
 
@@ -68,9 +59,14 @@ class Layout(NamedTuple):
         # what lies between the parts is multiplied with other padding: it must be finite
         return like.new_empty(size) if self.padded == self.width else like.new_zeros(size)
 
-    def part(self, t: Tensor, j: int) -> Tensor:
-        """Columns of projection ``j``."""
-        return t[:, j * self.padded : j * self.padded + self.width]
+    def of_t(self, t: Tensor, j: int) -> Tensor:
+        """t of projection ``j`` (M, width)."""
+        rows = t.shape[0] // self.count
+        return t[j * rows : (j + 1) * rows, : self.width]
+
+    def of_du(self, du: Tensor, j: int) -> Tensor:
+        """du of projection ``j`` (M, width)."""
+        return du[:, j * self.padded : j * self.padded + self.width]
 
 
 def _layout(rank: int, split: bool, count: int) -> Layout:
@@ -101,14 +97,6 @@ def fill(numbers: tuple, nothing: float) -> tuple:
     return *numbers, *[nothing] * (MOST - len(numbers))
 
 
-@cache
-def _has_room(device: torch.device) -> bool:
-    """Whether a program may have as much shared memory as the tiles above were chosen for."""
-    if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_MEMORY
-
-
 def product32(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -116,200 +104,234 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def by_cublas(layout: Layout, dropout: float, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the skinny products are cuBLAS's."""
+    return device.type == "cuda" and not dropout and (dtype == torch.float32 or layout.rank > MOST_AT_ONCE)
+
+
+def _options(config: SkinnyConfig, device: torch.device) -> dict:
+    # 128 registers a thread: what the product's programs leave
+    return {"num_warps": 4, "num_stages": config.stages} | ({"maxnreg": 128} if device.type == "cuda" else {})
+
+
+def shrink_form(
+    layout: Layout, forward: bool, scaled: bool, dropout: float, dtype: torch.dtype
+) -> tuple[SkinnyConfig, dict]:
+    """The tile and the constexprs (without OVERLAP) of a pass that makes t (``forward``) or du."""
+    columns, full = min(MOST_AT_ONCE, columns_of(layout.rank)), precision(dtype) == "ieee"
+    shared = forward and layout.count > 1 and not dropout and layout.count * columns <= 64
+    config = WIDE if full or dropout else config_for(SHRINK, layout.count * columns if shared else columns)
+    return config, {"BLOCK_M": config.rows, "BLOCK_K": config.cols, "RANK": columns, "COUNT": layout.count} | {
+        "SHARED": shared, "SPLIT": layout.split, "SCALED": scaled, "DROPS": dropout > 0, "PRECISION": precision(dtype)
+    }  # fmt: skip
+
+
+def outer_form(layout: Layout, scaled: bool, dropout: float, dtype: torch.dtype) -> tuple[SkinnyConfig, dict]:
+    """The same of a pass that makes dA, dB and, ``scaled``, DoRA's dm."""
+    columns = min(MOST_AT_ONCE if layout.count == 1 else 32, columns_of(layout.rank))
+    full = precision(dtype) == "ieee"
+    config = WIDE if full or dropout else config_for(OUTER, columns * layout.count)
+    return config, {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": columns, "COUNT": layout.count} | {
+        "SPLIT": layout.split, "SCALED": scaled, "OF_Z": dtype == torch.float16, "DROPS": dropout > 0,
+        "PRECISION": precision(dtype),
+    }  # fmt: skip
+
+
+class Shrinking(NamedTuple):
+    """What is settled of a launch that makes t and the parts of B, or du and the parts of A."""
+
+    run: Prepared
+    out_size: tuple[int, int]
+    parts_size: tuple[int, int]
+
+
 @lru_cache(KEPT)
-def _parts(
-    layout: Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], scaled: bool, *where
-) -> Prepared:
-    count, a_blocks = len(ns), cdiv(layout.rank * width, 1024)
-    return Prepared(
-        "lora_linear (parts)",
-        lora_parts_kernel,
-        where[0],
-        (a_blocks * count + cdiv(sum(ns) * layout.rank, 1024),),
-        (*fill(scalings, 0.0), *fill(ns, 0), width, layout.rank, layout.padded, a_blocks, count),
-        {"BLOCK": 1024, "SPLIT": layout.split, "SCALED": scaled},
-    )
-
-
-def as_parts(
-    x: Tensor,
-    many_a: list[Tensor],
-    many_b: list[Tensor],
-    scalings: list[float],
-    layout: Layout,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(A of all (count * padded, K), s B of all (N of all, padded), each row times ``scale`` where given) as parts."""
-    ns, width = tuple([b.shape[0] for b in many_b]), many_a[0].shape[1]
-    a = layout.buffer(x, layout.count * layout.padded, width)
-    low = layout.buffer(x, sum(ns), layout.padded)
-    sources = [*three([t.contiguous() for t in many_a]), *three([t.contiguous() for t in many_b])]
-    run = _parts(layout, ns, width, tuple(scalings), scale is not None, x.device, x.dtype, many_a[0].dtype)
-    run(*sources, low if scale is None else scale, a, low)
-    return a, low
-
-
-@lru_cache(KEPT)
-def _shrink(layout: Layout, rows: int, width: int, stride: int, dropout: float, device, dtype) -> Prepared | None:
-    """None: cuBLAS's."""
-    rank, count, split = layout.rank, layout.count, layout.split
-    groups = count if dropout else 1
-    columns, full = rank * (count // groups), dtype == torch.float32
-    if device.type == "cuda" and not dropout and (full or (columns > 64 and not split)):
-        return None
-    if columns > MAX_RANK:  # three of large rank
-        groups, columns = count, rank
-    config = config_for(SHRINK, columns_of(columns))
-    if columns_of(columns) <= 128 and not _has_room(device):
-        config = SMALL
-    columns_all = count * layout.padded
-    return Prepared(
-        "lora_linear (shrink)",
+def _shrink(
+    layout: Layout, rows: int, widths: tuple[int, ...], strides: tuple[int, ...], forward: bool, lengths: tuple[int, ...],
+    factors: tuple[float, ...], others: tuple[float, ...], scaled: bool, dropout: float, with_rows: bool, device, dtype, *_,
+) -> Shrinking:  # fmt: skip
+    """``widths``, ``strides``: of the large operands; ``lengths``: elements of the other adapter matrices."""
+    rank, count, padded = layout.rank, layout.count, layout.padded
+    config, form = shrink_form(layout, forward, scaled, dropout, dtype)
+    parts_programs = sum(cdiv(n, PARTS_BLOCK.value) for n in lengths)
+    row_blocks = cdiv(rows, config.rows) if with_rows else 0
+    if forward:
+        small, out, size = (1, widths[0]), (padded, rows * padded), (count * rows, padded)
+        n_all = sum(lengths) // rank
+        bases = tuple(sum(lengths[:j]) // rank * padded for j in range(count))
+        place, parts_size = (rank, padded, rank), (n_all, padded)
+    else:
+        width = lengths[0] // rank
+        small, out, size = (rank, 1), (count * padded, padded), (rows, count * padded)
+        bases = tuple(j * padded * width for j in range(count))
+        place, parts_size = (lengths[0], 0, lengths[0]), (count * padded, width)
+    # one program of rows a multiprocessor: the product's must find room beside it
+    grid = (parts_programs + min(row_blocks, sm_count(device)), cdiv(rank, form["RANK"]) if with_rows else 1)
+    run = Prepared(
+        "lora_linear (shrink)" if forward else "lora_linear backward (shrink)",
         lora_shrink_kernel,
         device,
-        (groups, cdiv(rows, config.rows)),
-        (stride, width, columns_all, rows, width, columns, rank, layout.padded, dropout),
-        {"BLOCK_M": config.rows, "BLOCK_K": config.cols, "RANK": columns_of(columns), "SPLIT": split}
-        | {"DROPS": dropout > 0, "PRECISION": precision(dtype), "num_warps": config.warps, "num_stages": config.stages},
+        grid,
+        (*fill(strides, 0), *fill(widths, 0), *fill(factors, 0.0), rows, rank, *small, dropout, *out)
+        + (*fill(lengths, 0), *fill(bases, 0), *fill(others, 0.0), *place, parts_programs, row_blocks),
+        form | {"OVERLAP": overlap_meta(device)["OVERLAP"]} | _options(config, device),
     )
+    return Shrinking(run, size, parts_size)
 
 
-def shrink(x: Tensor, a: Tensor, layout: Layout, dropout: float, seeds: Tensor | None) -> Tensor:
-    """t = drop(x) A^T of all projections (M, count * padded)."""
-    rows, width = x.shape
-    t = layout.buffer(x, rows, layout.count * layout.padded)
-    run = _shrink(layout, rows, width, x.stride(0), dropout, x.device, x.dtype)
-    if run is not None:
-        run(x, a, t, t if seeds is None else seeds)
-    elif layout.padded == layout.rank:
-        torch.mm(x, a.T, out=t)
-    else:
-        for j in range(layout.count):
-            layout.part(t, j).copy_(x @ a[j * layout.padded :][: layout.rank].T)
-    return t
+def _run_shrink(
+    xs: list[Tensor], smalls: list[Tensor], others: list[Tensor], layout: Layout, forward: bool, factors: list[float],
+    scalings: list[float], scale: Tensor | None, dropout: float, seeds: Tensor | None, with_rows: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x = xs[0]
+    widths, strides = tuple([x.shape[1] for x in xs]), tuple([x.stride(0) for x in xs])
+    smalls, others = [t.contiguous() for t in smalls], [t.contiguous() for t in others]
+    run, out_size, parts_size = _shrink(
+        layout, x.shape[0], widths, strides, forward, tuple([t.numel() for t in others]), tuple(factors), tuple(scalings),
+        scale is not None, dropout, with_rows, x.device, x.dtype, smalls[0].dtype,
+    )  # fmt: skip
+    out, parts = layout.buffer(x, *out_size), layout.buffer(x, *parts_size)
+    unused = out
+    run(
+        *three(xs), *three(smalls), *three(others), unused if scale is None else scale, out, parts,
+        unused if seeds is None else seeds,
+    )  # fmt: skip
+    return out, parts
 
 
-class Pass(NamedTuple):
-    """The two launches of one pass over y, and the fp32 numbers that they hand over: db's by shares of rows, du's by blocks."""
+def make_t(
+    x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout, dropout: float = 0.0,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(t_j = drop_j(x) A_j^T one below another (count * M, padded), s_j B_j likewise (N of all, padded)), as parts."""
+    count, cublas = layout.count, by_cublas(layout, dropout, x.device, x.dtype)
+    factors = [1.0 / (1.0 - dropout)] * count
+    xs, given = [x] * count, (factors, scalings, None, dropout, seeds, not cublas)
+    t, low = _run_shrink(xs, many_a, many_b, layout, True, *given)
+    if cublas:
+        for j, a in enumerate(many_a):
+            put_parts(layout.of_t(t, j), x, a.T, layout)
+    return t, low
 
-    grads: Prepared
-    sums: Prepared
-    db_size: int
-    du_size: int
+
+def make_du(
+    dys: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(du_j = s_j (k_j dy_j) B_j beside each other (M, count * padded), A_j below each other (count * padded, K)), as parts.
+
+    ``scale``: DoRA's k (N of all,).
+    """
+    x, cublas = dys[0], by_cublas(layout, 0.0, dys[0].device, dys[0].dtype)
+    du, a = _run_shrink(
+        dys, many_b, many_a, layout, False, scalings, [1.0] * layout.count, scale, 0.0, None, not cublas
+    )
+    if cublas:
+        scales = scale.split([dy.shape[1] for dy in dys]) if scale is not None else [None] * layout.count
+        for j, (dy, b, s, k) in enumerate(zip(dys, many_b, scalings, scales)):
+            b = b.float() * s if k is None else b.float() * (s * k[:, None])
+            put_parts(layout.of_du(du, j), x if layout.count == 1 else dy, b, layout)
+    return du, a
+
+
+def put_parts(out: Tensor, x: Tensor, small: Tensor, layout: Layout) -> None:
+    """x small as parts, by cuBLAS; ``small`` (columns of x, R)."""
+    if not layout.split:
+        torch.mm(x, small.to(x.dtype), out=out)
+        return
+    rank, hi = layout.rank, small.to(x.dtype)
+    both = product32(x, torch.cat([hi, (small - hi.float()).to(x.dtype)], dim=1))
+    total = both[:, :rank] + both[:, rank:]
+    out[:, :rank] = out[:, 2 * rank :] = hi = total.to(out.dtype)
+    out[:, rank : 2 * rank] = total - hi.float()
 
 
 @lru_cache(KEPT)
-def _pass(
-    layout: Layout, ns: tuple[int, ...], rows: int, here: int, with_du: bool, strides: tuple[int, ...],
-    scalings: tuple[float, ...], scaled: bool, dropout: float, device, dtype, *_,
-) -> Pass:  # fmt: skip
-    """``here`` of the rank's columns; ``strides``: of low, t, du, and both of db."""
-    split, columns, total = layout.split, columns_of(here), sum(ns)
-    fast = not dropout and precision(dtype) == "tf32"
-    config = GRADS.get((columns, split), WIDE) if fast else WIDE
-    if config is not WIDE and not _has_room(device):
-        config = SMALL
-    blocks = sum(cdiv(n, config.cols) for n in ns)
-    per_sm = 2 if config.cols < 512 else 1
-    shares = min(cdiv(rows, config.rows), max(1, cdiv(per_sm * sm_count(device), blocks)))
-    each = cdiv(cdiv(rows, shares), config.rows) * config.rows
-    shares = cdiv(rows, each)
-    low_stride, t_stride, du_stride, *db_strides = strides
-    ns = fill(ns, 0)
-    grads = Prepared(
+def _outer(
+    layout: Layout, rows: int, ns: tuple[int, ...], width: int, strides: tuple[int, ...], scalings: tuple[float, ...],
+    scaled: bool, dropout: float, overlaps: bool, device, dtype, *_,
+) -> Prepared:  # fmt: skip
+    """``strides``: of x, and of the outputs that DoRA's dm is taken from."""
+    rank, count, padded = layout.rank, layout.count, layout.padded
+    config, form = outer_form(layout, scaled, dropout, dtype)
+    y_programs = sum(cdiv(n, config.cols) for n in ns)
+    meta = {"launch_pdl": True} if overlaps else {}
+    return Prepared(
         "lora_linear backward",
-        lora_grads_kernel,
+        lora_outer_kernel,
         device,
-        (blocks, shares),
-        (*ns, rows, low_stride, t_stride, layout.padded, here, layout.rank, each, dropout),
-        {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": columns, "WITH_DU": with_du}
-        | {"SPLIT": split, "DROPS": dropout > 0, "PRECISION": precision(dtype)}
-        | {"num_warps": config.warps, "num_stages": config.stages},
+        (y_programs + cdiv(width, config.cols), cdiv(rank, form["RANK"])),
+        (
+            *fill(ns, 0),
+            width,
+            strides[0],
+            *fill(strides[1:], 0),
+            rows,
+            rank,
+            padded,
+            rows * padded,
+            count * padded,
+            padded,
+        )
+        + (rank, *fill(scalings, 0.0), dropout, y_programs),
+        form | {"OVERLAP": overlaps} | _options(config, device) | meta,
     )
-    du_programs = cdiv(rows, 32) if with_du else 0
-    sums = Prepared(
-        "lora_linear backward (sum)",
-        lora_sum_kernel,
-        device,
-        (du_programs * layout.count + cdiv(total, 32),),
-        (*fill(scalings, 0.0), *ns, rows, du_stride, *db_strides, layout.padded, here, layout.rank)
-        + (shares, du_programs, layout.count),
-        {"BLOCK": 32, "BLOCK_N": config.cols, "RANK": columns, "SPLIT": split, "SCALED": scaled, "num_warps": 2},
-    )
-    return Pass(grads, sums, shares * total * columns, blocks * rows * columns)
 
 
-def _one_pass(
-    ys: list[Tensor], low: Tensor, t: Tensor, layout: Layout, du: Tensor | None, db: Tensor, scalings: list[float],
-    scale: Tensor | None = None, dropout: float = 0.0, seeds: Tensor | None = None,
+class Sums(NamedTuple):
+    """Gradients of the adapters: dA (count, R, K), dB (N of all, R), DoRA's dm (N of all,) in fp32."""
+
+    da: Tensor
+    db: Tensor
+    dm: Tensor
+
+
+def room_for_sums(x: Tensor, ns: list[int], layout: Layout, like: Tensor, needed: bool, dora: bool) -> Sums:
+    """Taken before the product is launched: what runs beside it may write no memory that anything before it still reads."""
+    total = sum(ns) if needed else 0
+    da = like.new_empty((layout.count, layout.rank, x.shape[1]) if needed else 0)
+    db = like.new_empty((total, layout.rank) if needed else 0)
+    return Sums(da, db, x.new_empty(total if dora else 0, dtype=torch.float32))
+
+
+def adapter_gradients(
+    sums: Sums, dys: list[Tensor], x: Tensor, t: Tensor, du: Tensor, layout: Layout, scalings: list[float],
+    outs: list[Tensor], scales: Tensor | None, norms: Tensor | None, dropout: float, seeds: Tensor | None, overlaps: bool,
 ) -> None:  # fmt: skip
-    """du = y low where it is given and db (N of all, R) = scaling * scale * drop(y)^T t.
-
-    Reads y once for each 64 of the rank.
-    """
-    ns, rows = tuple([y.shape[1] for y in ys]), ys[0].shape[0]
-    strides = (low.stride(0), t.stride(0), 0 if du is None else du.stride(0), *db.stride())
-    settled = (strides, tuple(scalings), scale is not None, dropout, t.device, ys[0].dtype, db.dtype)
-    for first in range(0, layout.rank, MOST_AT_ONCE):
-        here = min(MOST_AT_ONCE, layout.rank - first)
-        launches = _pass(layout, ns, rows, here, du is not None, *settled)
-        part_db = t.new_empty(launches.db_size, dtype=torch.float32)
-        part_du = part_db if du is None else t.new_empty(launches.du_size, dtype=torch.float32)
-        if first:
-            low, t, db = low[:, MOST_AT_ONCE:], t[:, MOST_AT_ONCE:], db[:, MOST_AT_ONCE:]
-            du = None if du is None else du[:, MOST_AT_ONCE:]
-        launches.grads(*three(ys), low, t, part_du, part_db, t if seeds is None else seeds)
-        scales = part_db if scale is None else scale
-        launches.sums(part_du, part_db, part_db if du is None else du, db, scales)
-
-
-def du_and_db(
-    dys: list[Tensor], low: Tensor, t: Tensor, layout: Layout, db: Tensor, scalings: list[float], scale: Tensor | None
-) -> Tensor:
-    """du = dy low of all projections (M, count * padded); writes db = scaling * scale * dy^T t (N of all, R).
-
-    ``low`` holds the scaling (and DoRA's ``scale`` (N of all,)) already.
-    """
-    rank, split = layout.rank, layout.split
-    du = layout.buffer(t, *t.shape)
-    if not t.is_cuda or ((columns_of(rank), split) in GRADS and t.dtype != torch.float32):
-        _one_pass(dys, low, t, layout, du, db, scalings, scale)
-        return du
-    start = 0
-    for j, (dy, scaling) in enumerate(zip(dys, scalings)):
-        end, part, t_j = start + dy.shape[1], layout.part(du, j), layout.part(t, j)
-        if split:
-            both = product32(dy, low[start:end, rank : 3 * rank])  # [hi | lo]
-            total = both[:, :rank] + both[:, rank:]
-            hi = total.to(du.dtype)
-            part[:, :rank] = part[:, 2 * rank :] = hi
-            part[:, rank : 2 * rank] = total - hi.float()
-            both = product32(dy.T, t_j[:, : 2 * rank])
-            found = both[:, :rank] + both[:, rank:]
-        else:
-            torch.mm(dy, low[start:end, :rank], out=part)
-            found = product32(dy.T, t_j)
-        db[start:end] = found.mul_(scaling) if scale is None else found.mul_(scaling * scale[start:end, None])
-        start = end
-    return du
+    """Writes ``sums``; dm from y, in fp16 from z. ``overlaps``: right behind a product that let this begin."""
+    ns = [dy.shape[1] for dy in dys]
+    if by_cublas(layout, dropout, x.device, x.dtype):
+        _sums_by_cublas(sums, dys, x, t, du, layout, scalings, outs, scales, norms)
+        return
+    outs = outs or dys
+    strides = (x.stride(0), *(out.stride(0) for out in outs))
+    run = _outer(
+        layout, x.shape[0], tuple(ns), x.shape[1], strides, tuple(scalings), scales is not None, dropout, overlaps,
+        x.device, x.dtype, sums.db.dtype,
+    )  # fmt: skip
+    unused = sums.db
+    none = lambda option: unused if option is None else option
+    run(
+        *three(dys), *three(outs), x, t, du, sums.db, sums.da, sums.dm if sums.dm.numel() else unused, none(scales),
+        none(norms), none(seeds),
+    )  # fmt: skip
 
 
-def das_of(x: Tensor, du: Tensor, layout: Layout, like: Tensor, dropout: float, seeds: Tensor | None) -> Tensor:
-    """dA = du^T drop(x) of all projections (count, R, K)."""
-    rank, count, width = layout.rank, layout.count, x.shape[1]
-    size, strides = (count, rank, width), (layout.padded * width, width, 1)
-    if dropout:
-        das, x, one = like.new_empty(size), x.contiguous(), _layout(rank, layout.split, 1)
-        for j, da in enumerate(das):
-            part = layout.part(du, j)
-            _one_pass([x], x, part, one, None, da.T, [1 / (1 - dropout)], None, dropout, seeds[j:])
-        return das
+def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, outs, scales, norms) -> None:
+    rank, ns = layout.rank, [dy.shape[1] for dy in dys]
+    parts = slice(0, 2 * rank if layout.split else rank)
+    both = lambda found: found[:, :rank] + found[:, rank:] if layout.split else found
+    for j, (dy, db, s) in enumerate(zip(dys, sums.db.split(ns), scalings)):
+        db.copy_(both(product32(dy.T, layout.of_t(t, j)[:, parts])).mul_(s))
     # one product for all: x is read once
-    if layout.split:
-        found = product32(du.T, x)
-        return found.as_strided(size, strides) + found.as_strided(size, strides, rank * width)
-    found = torch.mm(du.T, x)
-    return found.view(size) if layout.padded == rank else found.as_strided(size, strides).contiguous()
+    found, width = product32(du.T, x), x.shape[1]
+    size, strides = sums.da.shape, (layout.padded * width, width, 1)
+    da = found.as_strided(size, strides)
+    sums.da.copy_(da + found.as_strided(size, strides, rank * width) if layout.split else da)
+    if scales is not None:
+        sums.db.mul_(scales[:, None])
+        for dm, dy, out in zip(sums.dm.split(ns), dys, outs):
+            dm.copy_((dy.float() * out.float()).sum(0))
+        sums.dm.div_(norms if x.dtype == torch.float16 else norms * scales)
 
 
 def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: Tensor) -> None:
@@ -325,18 +347,12 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
     )
 
 
-@lru_cache(KEPT)
-def _dora_grads(rows: int, cols: int, strides: tuple[int, int], device, dtype) -> Prepared:
-    blocks = cdiv(cols, 256)
-    each = cdiv(cdiv(rows, max(1, 4 * sm_count(device) // blocks)), 16) * 16
-    grid, numbers = (blocks, cdiv(rows, each)), (*strides, rows, cols, each)
-    return Prepared("dora_linear backward", dora_grad_kernel, device, grid, numbers, {"BLOCK_M": 16, "BLOCK_N": 256})
-
-
-def dora_grads(dy: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz = scale * dy, the sum over rows of dy * out in fp32)."""
+def scaled_rows(dy: Tensor, scale: Tensor) -> Tensor:
+    """dz = scale * dy, (M, N) times (N,)."""
     rows, cols = dy.shape
-    run = _dora_grads(rows, cols, (dy.stride(0), out.stride(0)), dy.device, dy.dtype)
-    dz, parts = dy.new_empty((rows, cols)), dy.new_empty((run.grid[1], cols), dtype=torch.float32)
-    run(dy, out, scale, dz, parts)
-    return dz, parts.sum(0)
+    dz = torch.empty_like(dy)
+    launch(
+        "dora_linear backward", dora_scale_rows_kernel, (cdiv(cols, 256), cdiv(rows, 16)),
+        *(dy, scale, dz, rows, cols), BLOCK_M=16, BLOCK_N=256,
+    )  # fmt: skip
+    return dz

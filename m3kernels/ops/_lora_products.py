@@ -1,4 +1,4 @@
-"""A frozen weight's product with the low-rank one inside its sum, by the kernel for Hopper or by cuBLAS (beta = 1)."""
+"""Frozen weights' products with the low-rank ones inside them, by the kernel for Hopper or by cuBLAS (beta = 1)."""
 
 from functools import cache
 
@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
+from m3kernels.ops._common import overlap_meta
 from m3kernels.ops._lora_launch import Layout
 
 
 @cache
 def _hopper(device: torch.device):
     """The module of the Gluon kernel, or None where the GPU or its Triton is another one."""
+    if device.type != "cuda":
+        return None
     from m3kernels.ops._attention_backends import _hopper_missing
 
     if _hopper_missing(device):
@@ -21,47 +24,64 @@ def _hopper(device: torch.device):
     return _linear_hopper
 
 
+def _overlaps(x: Tensor, layout: Layout, dropout: float = 0.0) -> bool:
+    """Whether the kernel before the product is the one that wrote its low-rank factors."""
+    return overlap_meta(x.device)["OVERLAP"] and not skinny.by_cublas(layout, dropout, x.device, x.dtype)
+
+
 def project(
-    x: Tensor, weights: list[Tensor], t: Tensor, low: Tensor, layout: Layout, scales: list[Tensor] | None, shape: tuple
+    x: Tensor,
+    weights: list[Tensor],
+    t: Tensor,
+    low: Tensor,
+    layout: Layout,
+    scale: Tensor | None,
+    shape: tuple,
+    dropout: float,
 ) -> list[Tensor]:
-    """scale * (x W^T + t_j low_j^T) of each projection, (\\*shape, N); all of t and low."""
-    kernel = _hopper(x.device) if x.is_cuda else None
+    """scale * (x W_j^T + t_j low_j^T) of each projection, (\\*shape, N); right after :func:`make_t`."""
+    sizes = [(*shape, w.shape[0]) for w in weights]
+    if (kernel := _hopper(x.device)) is not None:
+        overlaps = _overlaps(x, layout, dropout)
+        found = kernel.linear_low_rank([x], weights, t, low, layout, False, scale, sizes, overlaps)
+        if found is not None:
+            return found
     found, row = [], 0
-    for j, w in enumerate(weights):
-        n, scale = w.shape[0], scales[j] if scales else None
-        size, starts = (*shape, n), (j * layout.padded, row * layout.padded)
-        y = kernel and kernel.linear_low_rank(x, w, t, low, layout.width, starts, False, scale, size)
-        if y is None:
-            y = x.new_empty(size)
-            flat = y.view(-1, n)
-            torch.mm(layout.part(t, j), low[row : row + n, : layout.width].T, out=flat)
-            flat.addmm_(x, w.T)
-            if scale is not None:
-                flat.mul_(scale)
+    for j, (w, size) in enumerate(zip(weights, sizes)):
+        n, y = w.shape[0], x.new_empty(size)
+        flat = y.view(-1, n)
+        torch.mm(layout.of_t(t, j), low[row : row + n, : layout.width].T, out=flat)
+        flat.addmm_(x, w.T)
+        if scale is not None:
+            flat.mul_(scale[row : row + n])
         found.append(y)
         row += n
     return found
 
 
 def input_gradient(
-    dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, dropout: float,
+    dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, scale: Tensor | None, dropout: float,
     seeds: Tensor | None, shape: tuple[int, ...],
-) -> Tensor:  # fmt: skip
-    """sum_j dy_j W_j + drop_j'(du_j A_j) in ``shape``."""
-    dx = None
-    if not dropout and du.is_cuda and (kernel := _hopper(du.device)) is not None:
-        dx = kernel.linear_low_rank(dys[0], weights[0], du, a, a.shape[0], (0, 0), True, None, shape)
-    added = 0 if dx is None else 1
-    dx = du.new_empty(shape) if dx is None else dx
-    if added == len(dys):
-        return dx
+) -> tuple[Tensor, bool]:  # fmt: skip
+    """sum_j (k_j dy_j) W_j + drop_j'(du_j A_j) in ``shape``, and whether what follows may begin before that has ended.
+
+    Right after :func:`make_du`.
+    """
+    if not dropout and (kernel := _hopper(du.device)) is not None:
+        overlaps = _overlaps(du, layout)
+        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, scale, [shape], overlaps)
+        if found is not None:
+            return found[0], overlaps
+    dx = du.new_empty(shape)
     flat = dx.view(-1, a.shape[1])
+    if scale is not None:
+        dys = [skinny.scaled_rows(dy, k) for dy, k in zip(dys, scale.split([dy.shape[1] for dy in dys]))]
     if dropout:
         for j in range(layout.count):
             rows = a[j * layout.padded :][: layout.width]
-            skinny.expand(layout.part(du, j), rows, flat, j > 0, dropout, seeds[j:])
-    elif not added:
+            skinny.expand(layout.of_du(du, j), rows, flat, j > 0, dropout, seeds[j:])
+    else:
         torch.mm(du, a, out=flat)
-    for dy, w in zip(dys[added:], weights[added:]):
+    for dy, w in zip(dys, weights):
         flat.addmm_(dy, w)
-    return dx
+    return dx, False

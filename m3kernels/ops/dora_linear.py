@@ -36,9 +36,8 @@ def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, bac
 
 def _norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     layout = skinny.Layout.of(weight, A, 1)
-    a, low = skinny.as_parts(weight, [A], [B], [scaling], layout)
     ones = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
-    return scales_of([weight], a, low, [ones], layout)[0]
+    return scales_of([weight], [A], [B], [scaling], [ones], layout)[0]
 
 
 torch.library.custom_op("m3kernels::dora_norm", _norm, mutates_args=()).register_fake(

@@ -84,7 +84,7 @@ def _forward(
     """f: scales of FP8 weights; given_norms: of DoRA's rows (N of all,), where they are known.
 
     [y of each projection, t of all], with DoRA [..., norms, scales], in fp16 [..., z of each]. What follows y is for the
-    backward. The parts of A and B are made anew there: kept, they were 0.2 GiB of the 3B's LoRA.
+    backward.
     """
     weights, many_a, many_b, magnitudes = (
         _given(*group) for group in ((w1, w2, w3), (a1, a2, a3), (b1, b2, b3), (m1, m2, m3))
@@ -92,20 +92,21 @@ def _forward(
     shape, x = x.shape[:-1], rows_of(x)
     layout = Layout.of(x, a1, len(weights))
     weights = _dense(weights, _given(f1, f2, f3), blocks, x.dtype)
-    a, low = skinny.as_parts(x, many_a, many_b, scalings, layout)
-    t = skinny.shrink(x, a, layout, dropout, seeds)
-    if not magnitudes:
-        return [*project(x, weights, t, low, layout, None, shape), t]
-    if given_norms is None:
-        norms, scales = scales_of(weights, a, low, magnitudes, layout)
-    else:
-        norms, scales = scales_from(given_norms, magnitudes)
-    each = scales.split([w.shape[0] for w in weights])
-    if x.dtype == torch.float16:
-        # dm is taken from y / k, for which fp16 has too few exponents: what is scaled is kept
-        zs = project(x, weights, t, low, layout, None, shape)
-        return [*((z * k).to(z.dtype) for z, k in zip(zs, each)), t, norms, scales, *zs]
-    return [*project(x, weights, t, low, layout, each, shape), t, norms, scales]
+    scales, kept = None, []
+    if magnitudes:
+        if given_norms is None:
+            norms, scales = scales_of(weights, many_a, many_b, scalings, magnitudes, layout)
+        else:
+            norms, scales = scales_from(given_norms, magnitudes)
+        kept = [norms, scales]
+    # in fp16 dm is taken from y / k, for which it has too few exponents: what is scaled is kept
+    later = scales is not None and x.dtype == torch.float16
+    t, low = skinny.make_t(x, many_a, many_b, scalings, layout, dropout, seeds)
+    ys = project(x, weights, t, low, layout, None if later else scales, shape, dropout)
+    if later:
+        kept += ys
+        ys = [(z * k).to(z.dtype) for z, k in zip(ys, scales.split([w.shape[0] for w in weights]))]
+    return [*ys, t, *kept]
 
 
 def _forward_fake(
@@ -114,7 +115,7 @@ def _forward_fake(
     weights, layout = _given(w1, w2, w3), Layout.of(x, a1, len(_given(w1, w2, w3)))
     shape, total = x.shape[:-1], sum(w.shape[0] for w in weights)
     ys = [x.new_empty((*shape, w.shape[0])) for w in weights]
-    found = [*ys, x.new_empty((math.prod(shape), layout.count * layout.padded))]
+    found = [*ys, x.new_empty((layout.count * math.prod(shape), layout.padded))]
     if m1 is None:
         return found
     zs = [torch.empty_like(y) for y in ys] if x.dtype == torch.float16 else []
@@ -140,31 +141,27 @@ def _backward(
     need_weights: bool,
     need_adapters: bool,
 ) -> list[Tensor]:
-    """[dx, dA of all (count, R, K), dB of all (N of all, R)], then dW of each and dm of each where they are needed.
+    """[dx, dA of all (count, R, K), dB of all (N of all, R), dm of all (N of all,)], then dW of each where it is needed.
 
-    dx and dA are empty where they are not. ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
+    What is not needed is empty. ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
     """
     like, shape, x = many_a[0], x.shape, rows_of(x)
     layout, ns = Layout.of(x, like, len(weights)), [w.shape[0] for w in weights]
     dys = [rows_of(dy).contiguous() for dy in dys]
-    db = like.new_empty((sum(ns), layout.rank))
-    # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
-    a, low = skinny.as_parts(x, many_a, many_b, scalings, layout, scales)
-    du = skinny.du_and_db(dys, low, t, layout, db, scalings, scales)
-    dms = []
-    if scales is not None:
-        pairs = [skinny.dora_grads(dy, rows_of(out), k) for dy, out, k in zip(dys, outs, scales.split(ns))]
-        dys = [dz for dz, _ in pairs]
-        divisors = (norms if x.dtype == torch.float16 else norms * scales).split(ns)
-        dms = [total / by for (_, total), by in zip(pairs, divisors)]
-    da = skinny.das_of(x, du, layout, like, dropout, seeds) if need_adapters else x.new_empty(0)
-    dws = [dy.T @ x for dy in dys] if need_weights else []
+    sums = skinny.room_for_sums(x, ns, layout, like, need_adapters, scales is not None)
+    dx, overlaps = x.new_empty(0), False
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
-        dx = input_gradient(dys, weights, du, a, layout, dropout, seeds, shape)
-    else:
-        dx = x.new_empty(0)
-    return [dx, da, db, *dws, *dms]
+    # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
+    du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales)
+    if need_x:
+        dx, overlaps = input_gradient(dys, weights, du, a, layout, scales, dropout, seeds, shape)
+    if need_adapters:
+        outs = [rows_of(out) for out in outs]
+        skinny.adapter_gradients(sums, dys, x, t, du, layout, scalings, outs, scales, norms, dropout, seeds, overlaps)
+    if need_weights and scales is not None:
+        dys = [skinny.scaled_rows(dy, k) for dy, k in zip(dys, scales.split(ns))]
+    return [dx, *sums, *(dy.T @ x for dy in dys if need_weights)]
 
 
 def _backward_fake(
@@ -172,12 +169,11 @@ def _backward_fake(
     need_adapters,
 ):  # fmt: skip
     like, rank = many_a[0], many_a[0].shape[0]
-    dx = x.new_empty(x.shape if need_x else 0)
-    da = like.new_empty((len(weights), rank, x.shape[-1])) if need_adapters else x.new_empty(0)
-    db = like.new_empty((sum(w.shape[0] for w in weights), rank))
+    total = sum(w.shape[0] for w in weights)
+    sizes = ((len(weights), rank, x.shape[-1]), (total, rank)) if need_adapters else (0, 0)
+    dm = x.new_empty(total if need_adapters and scales is not None else 0, dtype=torch.float32)
     dws = [x.new_empty(w.shape) for w in weights] if need_ws else []
-    dms = [] if scales is None else [x.new_empty(w.shape[0], dtype=torch.float32) for w in weights]
-    return [dx, da, db, *dws, *dms]
+    return [x.new_empty(x.shape if need_x else 0), *(like.new_empty(size) for size in sizes), dm, *dws]
 
 
 def _setup_context(ctx, inputs, output):
@@ -206,17 +202,20 @@ def _gradients(ctx, run_backward, *grads):
     kept = rest[3 * count :]
     norms, scales, outs = (kept[0], kept[1], kept[2:]) if kept else (None, None, [])
     dys = [x.new_zeros((*x.shape[:-1], w.shape[0])) if dy is None else dy for dy, w in zip(grads, weights)]
-    need_weights, need_adapters = any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])
-    dx, da, db, *found = run_backward(
+    need_weights, need_adapters = any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3]) or any(needs[10:13])
+    dx, da, db, dm, *dws = run_backward(
         *(dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, ctx.scalings),
         *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], need_weights, need_adapters),
     )
-    nothing = [None] * MOST
-    dws, dms = (found[:count], found[count:]) if need_weights else (nothing, found)
+    ns, nothing = [w.shape[0] for w in weights], [None] * MOST
     # views of one tensor: the op itself may not return two of the same memory
-    das, dbs = da.unbind() if need_adapters else nothing, db.split([w.shape[0] for w in weights])
-    flat = [dx, *(g for of_one in zip(dws, das, dbs) for g in of_one), *[None] * (3 * (MOST - count))]
-    flat += [dm.to(dtype) for dm, dtype in zip(dms, ctx.magnitudes)]
+    das, dbs, dms = (
+        (da.unbind(), db.split(ns), dm.split(ns) if dm.numel() else nothing) if need_adapters else [nothing] * 3
+    )
+    of_each = zip(dws or nothing, das, dbs)
+    flat = [dx, *(g for of_one in of_each for g in of_one)]
+    flat += [None] * (1 + 3 * MOST - len(flat))
+    flat += [dm if dm is None else dm.to(dtype) for dm, dtype in zip(dms, ctx.magnitudes)]
     return *(g if needed else None for g, needed in zip(flat, needs)), *[None] * (len(needs) - len(flat))
 
 
