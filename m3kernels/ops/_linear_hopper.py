@@ -39,9 +39,10 @@ ROWS = gl.constexpr(64)  # rows of one
 BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
-STAGES = gl.constexpr(3)  # 144 KB, and 32 KB that results leave from: 50 KB remain for what runs beside it
+STAGES = gl.constexpr(3)  # 144 KB, and 64 KB that results leave from
 TOGETHER = gl.constexpr(8)  # tiles of rows side by side, which share what they read of b in the cache
 PIECE = gl.constexpr(64)  # columns of a result that leave together
+PIECES = gl.constexpr(4)
 
 A_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
 B_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([256, 64], gl.bfloat16))
@@ -128,8 +129,8 @@ def _halves(acc, COLS: gl.constexpr):
 
 @gluon.jit
 def _store(d_out, s_out, piece, row, col, slot):
-    # of two buffers: what left this one has been read
-    tma.store_wait(1)
+    # of four pieces: what left from this one's place has been read
+    tma.store_wait(PIECES - 1)
     s_out.index(slot).store(piece)
     fence_async_shared()
     tma.async_copy_shared_to_global(d_out, [row, col], s_out.index(slot))
@@ -234,12 +235,14 @@ def _consume(outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second
         left, right = _halves(acc, BLOCK_N)
         piece0, piece1 = _halves(left, BLOCK_N // 2)
         piece2, piece3 = _halves(right, BLOCK_N // 2)
-        slot: gl.constexpr = which * 2
+        slot: gl.constexpr = which * PIECES
         _write(outs, p_scale, ns, piece0, s_out, row, col, slot, part, before, n_cols, outputs, scaled, narrow)
         _write(outs, p_scale, ns, piece1, s_out, row, col + 64, slot + 1, part, before, n_cols, outputs, scaled, narrow)
-        _write(outs, p_scale, ns, piece2, s_out, row, col + 128, slot, part, before, n_cols, outputs, scaled, narrow)
         _write(
-            outs, p_scale, ns, piece3, s_out, row, col + 192, slot + 1, part, before, n_cols, outputs, scaled, narrow
+            outs, p_scale, ns, piece2, s_out, row, col + 128, slot + 2, part, before, n_cols, outputs, scaled, narrow
+        )
+        _write(
+            outs, p_scale, ns, piece3, s_out, row, col + 192, slot + 3, part, before, n_cols, outputs, scaled, narrow
         )
     tma.store_wait(0)
 
@@ -259,7 +262,7 @@ def linear_low_rank_kernel(
         s_b = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], B_TILE_ACROSS)
     else:
         s_b = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], B_TILE)
-    s_out = gl.allocate_shared_memory(dtype, [CONSUMERS * 2, ROWS, PIECE], A_TILE)
+    s_out = gl.allocate_shared_memory(dtype, [CONSUMERS * PIECES, ROWS, PIECE], A_TILE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -360,6 +363,29 @@ def _prepared(
     )
 
 
+def takes(
+    lefts: list[Tensor],
+    weights: list[Tensor],
+    layout: Layout,
+    across: bool,
+    scale: Tensor | None,
+    ns: list[int],
+    overlaps: bool,
+) -> Prepared | None:
+    """The launch of :func:`linear_low_rank`, or None where this kernel does not take it."""
+    bits, dtype = 0, lefts[0].dtype
+    for tensor in (*lefts, *weights):
+        bits |= tensor.data_ptr()
+        if tensor.stride(1) != 1 or tensor.dtype != dtype:
+            return None
+    if bits & 15:
+        return None
+    return _prepared(
+        lefts[0].shape[0], tuple([a.shape[1] for a in lefts]), tuple(ns), layout, tuple([a.stride(0) for a in lefts]),
+        tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps, dtype, lefts[0].device,
+    )  # fmt: skip
+
+
 def linear_low_rank(
     lefts: list[Tensor], weights: list[Tensor], t: Tensor, low: Tensor, layout: Layout, across: bool, scale: Tensor | None,
     sizes: list[tuple[int, ...]], overlaps: bool,
@@ -367,21 +393,10 @@ def linear_low_rank(
     """The products in ``sizes``, rows side by side, or None where this kernel does not take them.
 
     One left operand and several weights (N, K) give several results; ``across``, several of both, weights (K, N), one sum.
-    ``t`` and ``low``: as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns, or ``across`` of all
-    left columns. ``overlaps``: the kernel before this one wrote t and low and let this one begin.
+    ``t`` and ``low``: fresh, as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns, or ``across``
+    of all left columns. ``overlaps``: the kernel before this one wrote t and low and lets this one begin, and this one the next.
     """
-    bits = t.data_ptr() | low.data_ptr()
-    for tensor in (*lefts, *weights):
-        bits |= tensor.data_ptr()
-        if tensor.stride(1) != 1 or tensor.dtype != t.dtype:
-            return None
-    if bits & 15:
-        return None
-    run = _prepared(
-        lefts[0].shape[0], tuple([a.shape[1] for a in lefts]), tuple([size[-1] for size in sizes]), layout,
-        tuple([a.stride(0) for a in lefts]), tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps,
-        t.dtype, t.device,
-    )  # fmt: skip
+    run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps)
     if run is None:
         return None
     outs = [t.new_empty(size) for size in sizes]

@@ -1,12 +1,9 @@
-"""The skinny products of low-rank adapters: two passes over the large operands, made to run in the shadow of the frozen product.
+"""The skinny products of low-rank adapters: two passes over the large operands.
 
     shrink   t_j = drop_j(x) A_j^T, or du_j = s_j (k_j dy_j) B_j        a block of rows and all columns in a program
-    outer    dB_j = s_j k_j dy_j^T t_j,  dA_j = du_j^T drop_j(x),       a block of columns and all rows in a program
+    outer    dB_j = s_j k_j dy_j^T t_j,  dA_j = du_j^T drop_j(x),       a block of columns and a share of rows in a program
              and for DoRA sum(dy_j * y_j)
     expand   dx (+)= drop_j'(du_j A_j)                                  where dropout keeps it out of the product
-
-Neither hands over partial sums. A program takes 4 warps, at most 128 registers and 50 KB: what the product's own programs
-(:mod:`m3kernels.ops._linear_hopper`) leave of a multiprocessor, so that both run side by side.
 
 fp32 adapters beside 16-bit activations are taken as two 16-bit numbers, hi + lo (SPLIT), which is exact to 2^-16 (in fp16 as far
 as its smallest number, 6e-8, goes): a product of two such matrices is hi hi + lo hi + hi lo. For the frozen product, which
@@ -123,10 +120,10 @@ def _shrink_shared(
 
 @triton.jit(do_not_specialize=["rows", "out_each"])
 def lora_shrink_kernel(
-    p_x1, p_x2, p_x3, p_small1, p_small2, p_small3, p_other1, p_other2, p_other3, p_scale, p_out, p_parts, p_seed,
+    p_x1, p_x2, p_x3, p_small1, p_small2, p_small3, p_other1, p_other2, p_other3, p_scale, p_out, p_parts, p_seed, p_arrived,
     x_stride1, x_stride2, x_stride3, width1, width2, width3, factor1, factor2, factor3, rows, rank, small_row, small_col, dropout,
     out_stride, out_each, length1, length2, length3, base1, base2, base3, other1, other2, other3,
-    inner, outer, part, parts_programs, row_blocks,
+    inner, outer, part, parts_programs, row_blocks, arrivals,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SHARED: tl.constexpr,
     SPLIT: tl.constexpr, SCALED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -134,12 +131,16 @@ def lora_shrink_kernel(
 
     ``small``: (columns of x, rank) by strides. ``SHARED``: all x are one. out_j begins at j * ``out_each``. ``other`` (``length``
     elements, times other_j) goes to ``base`` of ``p_parts`` as [hi, hi, lo], ``part`` elements apart, ``inner`` elements of each
-    ``outer``; the first ``parts_programs`` programs do that.
+    ``outer``; the first ``parts_programs`` programs do that. ``p_arrived``: counters of the outer pass, set to zero.
     """
     if OVERLAP:
         # the product needs none of this before the end of its first tile
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
+    if program == 0:
+        for first in range(0, arrivals, PARTS_BLOCK):
+            o_arrived = first + tl.arange(0, PARTS_BLOCK)
+            tl.store(p_arrived + o_arrived, tl.zeros([PARTS_BLOCK], tl.int32), mask=o_arrived < arrivals)
     if program < parts_programs:
         blocks1, blocks2 = tl.cdiv(length1, PARTS_BLOCK), tl.cdiv(length1, PARTS_BLOCK) + tl.cdiv(length2, PARTS_BLOCK)
         which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
@@ -188,18 +189,18 @@ def lora_shrink_kernel(
 
 @triton.jit
 def _outer_one(
-    p_y, y_stride, p_out, out_stride, p_t, t_stride, part, p_seed, dropout, rows, cols, rank, o_n, first_rank,
+    p_y, y_stride, p_out, out_stride, p_t, t_stride, part, p_seed, dropout, first, end, cols, rank, o_n, first_rank,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, WITH_OUT: tl.constexpr,
     DROPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(columns of y, rank): y^T t over all rows; with WITH_OUT also sum(y * out) of each column."""
+    """(columns of y, rank): y^T t over rows ``first`` to ``end``; with WITH_OUT also sum(y * out) of each column."""
     o_b, o_r = tl.arange(0, BLOCK_M), first_rank + tl.arange(0, RANK)
     m_n, m_r = o_n < cols, o_r < rank
     o_b64 = o_b.to(tl.int64)[:, None]
     o_y, o_out, o_t = o_b64 * y_stride, o_b64 * out_stride, o_b64 * t_stride
     b_sum, b_both = tl.zeros([BLOCK_N, RANK], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for m in range(0, rows, BLOCK_M):
-        m_m, at = m + o_b < rows, tl.cast(m, tl.int64)
+    for m in range(first, end, BLOCK_M):
+        m_m, at = m + o_b < end, tl.cast(m, tl.int64)
         mask, m_t = m_m[:, None] & m_n[None, :], m_m[:, None] & m_r[None, :]
         b_y = tl.load(p_y + at * y_stride + (o_y + o_n[None, :]), mask=mask, other=0.0)
         if WITH_OUT:
@@ -217,7 +218,7 @@ def _outer_one(
 
 @triton.jit
 def _outer_shared(
-    p_x, x_stride, p_u, u_stride, u_each, part, rows, cols, rank, o_n, first_rank,
+    p_x, x_stride, p_u, u_stride, u_each, part, first, end, cols, rank, o_n, first_rank,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -227,8 +228,8 @@ def _outer_shared(
     o_x, o_u = o_b.to(tl.int64)[:, None] * x_stride, o_b.to(tl.int64)[:, None] * u_stride
     b_1, b_2 = tl.zeros([BLOCK_N, RANK], tl.float32), tl.zeros([BLOCK_N, RANK], tl.float32)
     b_3 = tl.zeros([BLOCK_N, RANK], tl.float32)
-    for m in range(0, rows, BLOCK_M):
-        m_m, at = m + o_b < rows, tl.cast(m, tl.int64)
+    for m in range(first, end, BLOCK_M):
+        m_m, at = m + o_b < end, tl.cast(m, tl.int64)
         b_x = tl.load(p_x + at * x_stride + (o_x + o_n[None, :]), mask=m_m[:, None] & m_n[None, :], other=0.0)
         p_row, m_u = p_u + at * u_stride + (o_u + o_r[None, :]), m_m[:, None] & m_r[None, :]
         b_1 = add_product(b_1, tl.trans(b_x), tl.load(p_row, mask=m_u, other=0.0), PRECISION)
@@ -244,64 +245,93 @@ def _outer_shared(
     return b_1, b_2, b_3
 
 
-@triton.jit(do_not_specialize=["rows", "t_each"])
+@triton.jit
+def _arrive_last(p_arrived, shares):
+    """Whether all other shares of this sum have stored theirs."""
+    tl.debug_barrier()
+    return tl.atomic_add(p_arrived, 1, sem="acq_rel") == shares - 1
+
+
+@triton.jit
+def _add_up(p_slab, o_sum, slab_stride, shares):
+    """The sum over shares, in their order."""
+    total = tl.load(p_slab + o_sum, cache_modifier=".cg")
+    for share in range(1, shares):
+        total += tl.load(p_slab + share * slab_stride + o_sum, cache_modifier=".cg")
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "rows_each", "shares", "t_each"])
 def lora_outer_kernel(
-    p_y1, p_y2, p_y3, p_out1, p_out2, p_out3, p_x, p_t, p_u, p_db, p_da, p_dm, p_scale, p_norm, p_seed,
-    n1, n2, n3, width, x_stride, out_stride1, out_stride2, out_stride3, rows, rank, t_stride, t_each, u_stride, u_each, part,
-    s1, s2, s3, dropout, y_programs,
+    p_y1, p_y2, p_y3, p_out1, p_out2, p_out3, p_x, p_t, p_u, p_db, p_da, p_dm, p_slabs, p_arrived, p_scale, p_norm, p_seed,
+    n1, n2, n3, width, x_stride, out_stride1, out_stride2, out_stride3, rows, rows_each, rank, t_stride, t_each, u_stride,
+    u_each, part, s1, s2, s3, dropout, y_blocks, shares,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
     SCALED: tl.constexpr, OF_Z: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dB of all (N of all, rank) and dA (count, rank, width); for DoRA (SCALED) dm of all, from y (or from z, OF_Z).
 
-    A program holds a block of columns: of a gradient y_j (rows n_j wide) in the first ``y_programs``, else of x.
-    ``part``: columns from hi to lo in t and u.
+    A program takes a block of columns, of a gradient y_j (rows n_j wide) in the first ``y_blocks``, else of x, and a share of the
+    rows. The last of its shares to come adds them up. ``part``: columns from hi to lo in t and u.
     """
-    program, first_rank = tl.program_id(0), tl.program_id(1) * RANK
-    o_r = first_rank + tl.arange(0, RANK)
-    if program < y_programs:
+    block, share, first_rank = tl.program_id(0), tl.program_id(1), tl.program_id(2) * RANK
+    first = share * rows_each
+    end = tl.minimum(first + rows_each, rows)
+    o_b, o_r = tl.arange(0, BLOCK_N), first_rank + tl.arange(0, RANK)
+    o_sum = o_b[:, None] * RANK + tl.arange(0, RANK)[None, :]
+    slab: tl.constexpr = BLOCK_N * (RANK * COUNT + 1)
+    place = tl.program_id(2) * tl.num_programs(0) + block
+    p_slab = p_slabs + (place * shares).to(tl.int64) * slab
+    p_own, p_arrived = p_slab + share * slab, p_arrived + place
+    if block < y_blocks:
         blocks1, blocks2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
-        which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
-        o_n = (program - _one_of(which, 0, blocks1, blocks2)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        which = (block >= blocks1).to(tl.int32) + (block >= blocks2)
+        o_n = (block - _one_of(which, 0, blocks1, blocks2)) * BLOCK_N + o_b
         cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)
         m_n = o_n < cols
         b_db, b_dm = _outer_one(
             _pointer_of(which, p_y1, p_y2, p_y3), cols, _pointer_of(which, p_out1, p_out2, p_out3),
             _one_of(which, out_stride1, out_stride2, out_stride3), p_t + which.to(tl.int64) * t_each, t_stride, part, p_seed,
-            dropout, rows, cols, rank, o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, SCALED, False, PRECISION,
+            dropout, first, end, cols, rank, o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, SCALED, False, PRECISION,
         )  # fmt: skip
-        b_db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        tl.store(p_own + o_sum, b_db)
         if SCALED:
-            scale = tl.load(p_scale + before + o_n, mask=m_n, other=1.0)
-            b_db *= scale[:, None]
-            norm = tl.load(p_norm + before + o_n, mask=m_n, other=1.0)
-            tl.store(p_dm + before + o_n, b_dm / (norm if OF_Z else norm * scale), mask=m_n & (first_rank == 0))
-        o_db = (before + o_n).to(tl.int64)[:, None] * rank + o_r[None, :]
-        tl.store(p_db + o_db, b_db.to(p_db.dtype.element_ty), mask=m_n[:, None] & (o_r < rank)[None, :])
+            tl.store(p_own + BLOCK_N * RANK + o_b, b_dm)
+        if _arrive_last(p_arrived, shares):
+            factor = _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+            db = _add_up(p_slab, o_sum, slab, shares) * factor
+            if SCALED:
+                scale = tl.load(p_scale + before + o_n, mask=m_n, other=1.0)
+                norm = tl.load(p_norm + before + o_n, mask=m_n, other=1.0)
+                dm = _add_up(p_slab, BLOCK_N * RANK + o_b, slab, shares) / (norm if OF_Z else norm * scale)
+                tl.store(p_dm + before + o_n, dm, mask=m_n & (first_rank == 0))
+                db *= scale[:, None]
+            o_db = (before + o_n).to(tl.int64)[:, None] * rank + o_r[None, :]
+            tl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=m_n[:, None] & (o_r < rank)[None, :])
     else:
-        o_n = (program - y_programs) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (o_n < width)[:, None] & (o_r < rank)[None, :]
-        p_own = p_da + (o_r.to(tl.int64)[None, :] * width + o_n[:, None])
-        dtype: tl.constexpr = p_da.dtype.element_ty
-        each = tl.cast(rank, tl.int64) * width
+        o_n = (block - y_blocks) * BLOCK_N + o_b
         if COUNT > 1 and not DROPS:
             b_1, b_2, b_3 = _outer_shared(
-                p_x, x_stride, p_u, u_stride, u_each, part, rows, width, rank, o_n, first_rank,
+                p_x, x_stride, p_u, u_stride, u_each, part, first, end, width, rank, o_n, first_rank,
                 BLOCK_M, BLOCK_N, RANK, COUNT, SPLIT, PRECISION,
             )  # fmt: skip
-            tl.store(p_own, b_1.to(dtype), mask=mask)
-            tl.store(p_own + each, b_2.to(dtype), mask=mask)
+            tl.store(p_own + o_sum, b_1)
+            tl.store(p_own + BLOCK_N * RANK + o_sum, b_2)
             if COUNT > 2:
-                tl.store(p_own + 2 * each, b_3.to(dtype), mask=mask)
+                tl.store(p_own + 2 * BLOCK_N * RANK + o_sum, b_3)
         else:
             for j in tl.static_range(COUNT):
                 b_da, _ = _outer_one(
-                    p_x, x_stride, p_x, x_stride, p_u + j * u_each, u_stride, part, p_seed + j, dropout, rows, width, rank,
-                    o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, False, DROPS, PRECISION,
+                    p_x, x_stride, p_x, x_stride, p_u + j * u_each, u_stride, part, p_seed + j, dropout, first, end, width,
+                    rank, o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, False, DROPS, PRECISION,
                 )  # fmt: skip
-                if DROPS:
-                    b_da /= 1.0 - dropout
-                tl.store(p_own + j * each, b_da.to(dtype), mask=mask)
+                tl.store(p_own + j * BLOCK_N * RANK + o_sum, b_da)
+        if _arrive_last(p_arrived, shares):
+            o_da = o_r.to(tl.int64)[None, :] * width + o_n[:, None]
+            mask = (o_n < width)[:, None] & (o_r < rank)[None, :]
+            for j in tl.static_range(COUNT):
+                da = _add_up(p_slab, j * BLOCK_N * RANK + o_sum, slab, shares) / (1.0 - dropout)
+                tl.store(p_da + tl.cast(j * rank, tl.int64) * width + o_da, da.to(p_da.dtype.element_ty), mask=mask)
     if OVERLAP:
         # du was there before the product let this begin; what follows may not begin before the product has ended
         tl.extra.cuda.gdc_wait()

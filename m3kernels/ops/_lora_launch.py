@@ -26,18 +26,21 @@ MAX_RANK = 512
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Rows and columns of the large operand's tile, load stages; 4 warps."""
+    """Rows and columns of the large operand's tile, warps, load stages."""
 
     rows: int
     cols: int
+    warps: int
     stages: int
 
 
-# by columns of small matrices that one tile of x meets; with the product's own 177 KB a multiprocessor has 50 KB left
-SHRINK = {16: SkinnyConfig(32, 128, 3), 64: SkinnyConfig(32, 64, 3)}
-OUTER = {16: SkinnyConfig(64, 64, 4), 96: SkinnyConfig(32, 64, 3)}
+# by columns of small matrices that one tile of x meets
+SHRINK = {16: SkinnyConfig(32, 256, 4, 4), 64: SkinnyConfig(32, 128, 4, 3)}
+OUTER = {16: SkinnyConfig(64, 128, 4, 3), 96: SkinnyConfig(64, 64, 4, 3)}
 # with dropout, and for fp32, where products are no business of tensor cores
-WIDE = SkinnyConfig(32, 64, 1)
+WIDE = SkinnyConfig(32, 64, 4, 1)
+# programs of the outer pass for each multiprocessor
+OUTER_PROGRAMS = 4
 # columns of A^T or B in one program; cuBLAS takes larger ranks
 MOST_AT_ONCE = 64
 
@@ -109,9 +112,8 @@ def by_cublas(layout: Layout, dropout: float, device: torch.device, dtype: torch
     return device.type == "cuda" and not dropout and (dtype == torch.float32 or layout.rank > MOST_AT_ONCE)
 
 
-def _options(config: SkinnyConfig, device: torch.device) -> dict:
-    # 128 registers a thread: what the product's programs leave
-    return {"num_warps": 4, "num_stages": config.stages} | ({"maxnreg": 128} if device.type == "cuda" else {})
+def _options(config: SkinnyConfig) -> dict:
+    return {"num_warps": config.warps, "num_stages": config.stages}
 
 
 def shrink_form(
@@ -143,12 +145,14 @@ class Shrinking(NamedTuple):
     run: Prepared
     out_size: tuple[int, int]
     parts_size: tuple[int, int]
+    arrivals: int
 
 
 @lru_cache(KEPT)
 def _shrink(
     layout: Layout, rows: int, widths: tuple[int, ...], strides: tuple[int, ...], forward: bool, lengths: tuple[int, ...],
-    factors: tuple[float, ...], others: tuple[float, ...], scaled: bool, dropout: float, with_rows: bool, device, dtype, *_,
+    factors: tuple[float, ...], others: tuple[float, ...], scaled: bool, dropout: float, with_rows: bool, arrivals: int,
+    device, dtype, *_,
 ) -> Shrinking:  # fmt: skip
     """``widths``, ``strides``: of the large operands; ``lengths``: elements of the other adapter matrices."""
     rank, count, padded = layout.rank, layout.count, layout.padded
@@ -165,36 +169,35 @@ def _shrink(
         small, out, size = (rank, 1), (count * padded, padded), (rows, count * padded)
         bases = tuple(j * padded * width for j in range(count))
         place, parts_size = (lengths[0], 0, lengths[0]), (count * padded, width)
-    # one program of rows a multiprocessor: the product's must find room beside it
-    grid = (parts_programs + min(row_blocks, sm_count(device)), cdiv(rank, form["RANK"]) if with_rows else 1)
+    grid = (parts_programs + row_blocks, cdiv(rank, form["RANK"]) if with_rows else 1)
     run = Prepared(
         "lora_linear (shrink)" if forward else "lora_linear backward (shrink)",
         lora_shrink_kernel,
         device,
         grid,
         (*fill(strides, 0), *fill(widths, 0), *fill(factors, 0.0), rows, rank, *small, dropout, *out)
-        + (*fill(lengths, 0), *fill(bases, 0), *fill(others, 0.0), *place, parts_programs, row_blocks),
-        form | {"OVERLAP": overlap_meta(device)["OVERLAP"]} | _options(config, device),
+        + (*fill(lengths, 0), *fill(bases, 0), *fill(others, 0.0), *place, parts_programs, row_blocks, arrivals),
+        form | {"OVERLAP": overlap_meta(device)["OVERLAP"]} | _options(config),
     )
-    return Shrinking(run, size, parts_size)
+    return Shrinking(run, size, parts_size, arrivals)
 
 
 def _run_shrink(
     xs: list[Tensor], smalls: list[Tensor], others: list[Tensor], layout: Layout, forward: bool, factors: list[float],
-    scalings: list[float], scale: Tensor | None, dropout: float, seeds: Tensor | None, with_rows: bool,
+    scalings: list[float], scale: Tensor | None, dropout: float, seeds: Tensor | None, with_rows: bool, arrived: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = xs[0]
     widths, strides = tuple([x.shape[1] for x in xs]), tuple([x.stride(0) for x in xs])
     smalls, others = [t.contiguous() for t in smalls], [t.contiguous() for t in others]
-    run, out_size, parts_size = _shrink(
+    run, out_size, parts_size, _ = _shrink(
         layout, x.shape[0], widths, strides, forward, tuple([t.numel() for t in others]), tuple(factors), tuple(scalings),
-        scale is not None, dropout, with_rows, x.device, x.dtype, smalls[0].dtype,
+        scale is not None, dropout, with_rows, 0 if arrived is None else arrived.numel(), x.device, x.dtype, smalls[0].dtype,
     )  # fmt: skip
     out, parts = layout.buffer(x, *out_size), layout.buffer(x, *parts_size)
     unused = out
     run(
         *three(xs), *three(smalls), *three(others), unused if scale is None else scale, out, parts,
-        unused if seeds is None else seeds,
+        unused if seeds is None else seeds, unused if arrived is None else arrived,
     )  # fmt: skip
     return out, parts
 
@@ -215,15 +218,16 @@ def make_t(
 
 
 def make_du(
-    dys: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout, scale: Tensor | None
+    dys: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout,
+    scale: Tensor | None, arrived: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(du_j = s_j (k_j dy_j) B_j beside each other (M, count * padded), A_j below each other (count * padded, K)), as parts.
 
-    ``scale``: DoRA's k (N of all,).
+    ``scale``: DoRA's k (N of all,). ``arrived``: set to zero.
     """
     x, cublas = dys[0], by_cublas(layout, 0.0, dys[0].device, dys[0].dtype)
     du, a = _run_shrink(
-        dys, many_b, many_a, layout, False, scalings, [1.0] * layout.count, scale, 0.0, None, not cublas
+        dys, many_b, many_a, layout, False, scalings, [1.0] * layout.count, scale, 0.0, None, not cublas, arrived
     )
     if cublas:
         scales = scale.split([dy.shape[1] for dy in dys]) if scale is not None else [None] * layout.count
@@ -245,74 +249,106 @@ def put_parts(out: Tensor, x: Tensor, small: Tensor, layout: Layout) -> None:
     out[:, rank : 2 * rank] = total - hi.float()
 
 
+class Summing(NamedTuple):
+    """The launch that makes the adapters' gradients, and what it hands over between its programs."""
+
+    run: Prepared
+    slabs: int
+    arrivals: int
+
+
 @lru_cache(KEPT)
 def _outer(
     layout: Layout, rows: int, ns: tuple[int, ...], width: int, strides: tuple[int, ...], scalings: tuple[float, ...],
     scaled: bool, dropout: float, overlaps: bool, device, dtype, *_,
-) -> Prepared:  # fmt: skip
+) -> Summing:  # fmt: skip
     """``strides``: of x, and of the outputs that DoRA's dm is taken from."""
     rank, count, padded = layout.rank, layout.count, layout.padded
     config, form = outer_form(layout, scaled, dropout, dtype)
-    y_programs = sum(cdiv(n, config.cols) for n in ns)
-    meta = {"launch_pdl": True} if overlaps else {}
-    return Prepared(
+    y_blocks = sum(cdiv(n, config.cols) for n in ns)
+    blocks, groups = y_blocks + cdiv(width, config.cols), cdiv(rank, form["RANK"])
+    shares = max(1, min(cdiv(rows, config.rows), OUTER_PROGRAMS * sm_count(device) // (blocks * groups)))
+    each = cdiv(cdiv(rows, shares), config.rows) * config.rows
+    shares = cdiv(rows, each)
+    run = Prepared(
         "lora_linear backward",
         lora_outer_kernel,
         device,
-        (y_programs + cdiv(width, config.cols), cdiv(rank, form["RANK"])),
+        (blocks, shares, groups),
         (
             *fill(ns, 0),
             width,
             strides[0],
             *fill(strides[1:], 0),
             rows,
+            each,
             rank,
             padded,
             rows * padded,
             count * padded,
-            padded,
         )
-        + (rank, *fill(scalings, 0.0), dropout, y_programs),
-        form | {"OVERLAP": overlaps} | _options(config, device) | meta,
+        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares),
+        form | {"OVERLAP": overlaps} | _options(config) | ({"launch_pdl": True} if overlaps else {}),
     )
+    return Summing(run, blocks * groups * shares * config.cols * (form["RANK"] * count + 1), blocks * groups)
 
 
 class Sums(NamedTuple):
-    """Gradients of the adapters: dA (count, R, K), dB (N of all, R), DoRA's dm (N of all,) in fp32."""
+    """Gradients of the adapters: dA (count, R, K), dB (N of all, R), DoRA's dm (N of all,) in fp32; empty where not needed.
+
+    Made before the product is launched: what runs beside it may write no memory that anything before it still reads.
+    """
 
     da: Tensor
     db: Tensor
     dm: Tensor
 
+    @classmethod
+    def like(cls, x: Tensor, n: int, layout: Layout, adapter: Tensor, needed: bool, dora: bool) -> "Sums":
+        n = n if needed else 0
+        return cls(
+            adapter.new_empty((layout.count, layout.rank, x.shape[1]) if needed else 0),
+            adapter.new_empty((n, layout.rank) if needed else 0),
+            x.new_empty(n if dora else 0, dtype=torch.float32),
+        )
 
-def room_for_sums(x: Tensor, ns: list[int], layout: Layout, like: Tensor, needed: bool, dora: bool) -> Sums:
-    """Taken before the product is launched: what runs beside it may write no memory that anything before it still reads."""
-    total = sum(ns) if needed else 0
-    da = like.new_empty((layout.count, layout.rank, x.shape[1]) if needed else 0)
-    db = like.new_empty((total, layout.rank) if needed else 0)
-    return Sums(da, db, x.new_empty(total if dora else 0, dtype=torch.float32))
+
+class Adding(NamedTuple):
+    """The sums of one backward in the making."""
+
+    run: Prepared | None
+    slabs: Tensor
+    arrived: Tensor | None
+
+    @classmethod
+    def of(
+        cls, x: Tensor, ns: list[int], outs: list[Tensor], layout: Layout, scalings: list[float], scaled: bool,
+        dropout: float, overlaps: bool, dtype: torch.dtype,
+    ) -> "Adding":  # fmt: skip
+        """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums."""
+        if by_cublas(layout, dropout, x.device, x.dtype):
+            return cls(None, x, None)
+        strides = (x.stride(0), *(out.stride(0) for out in outs))
+        run, slabs, arrivals = _outer(
+            layout, x.shape[0], tuple(ns), x.shape[1], strides, tuple(scalings), scaled, dropout, overlaps, x.device,
+            x.dtype, dtype,
+        )  # fmt: skip
+        return cls(run, x.new_empty(slabs, dtype=torch.float32), x.new_empty(arrivals, dtype=torch.int32))
 
 
 def adapter_gradients(
-    sums: Sums, dys: list[Tensor], x: Tensor, t: Tensor, du: Tensor, layout: Layout, scalings: list[float],
-    outs: list[Tensor], scales: Tensor | None, norms: Tensor | None, dropout: float, seeds: Tensor | None, overlaps: bool,
+    adding: Adding, sums: Sums, dys: list[Tensor], x: Tensor, t: Tensor, du: Tensor, layout: Layout, scalings: list[float],
+    outs: list[Tensor], scales: Tensor | None, norms: Tensor | None, seeds: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes ``sums``; dm from y, in fp16 from z. ``overlaps``: right behind a product that let this begin."""
-    ns = [dy.shape[1] for dy in dys]
-    if by_cublas(layout, dropout, x.device, x.dtype):
+    """Writes ``sums``; dm from y, in fp16 from z."""
+    if adding.run is None:
         _sums_by_cublas(sums, dys, x, t, du, layout, scalings, outs, scales, norms)
         return
-    outs = outs or dys
-    strides = (x.stride(0), *(out.stride(0) for out in outs))
-    run = _outer(
-        layout, x.shape[0], tuple(ns), x.shape[1], strides, tuple(scalings), scales is not None, dropout, overlaps,
-        x.device, x.dtype, sums.db.dtype,
-    )  # fmt: skip
     unused = sums.db
     none = lambda option: unused if option is None else option
-    run(
-        *three(dys), *three(outs), x, t, du, sums.db, sums.da, sums.dm if sums.dm.numel() else unused, none(scales),
-        none(norms), none(seeds),
+    adding.run(
+        *three(dys), *three(outs or dys), x, t, du, sums.db, sums.da, sums.dm if sums.dm.numel() else unused, adding.slabs,
+        adding.arrived, none(scales), none(norms), none(seeds),
     )  # fmt: skip
 
 

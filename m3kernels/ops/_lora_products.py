@@ -59,19 +59,22 @@ def project(
     return found
 
 
+def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, scale: Tensor | None, dropout: float) -> bool:
+    """Whether :func:`input_gradient` lets what follows it begin before it has ended."""
+    if dropout or not _overlaps(dys[0], layout) or (kernel := _hopper(dys[0].device)) is None:
+        return False
+    return kernel.takes(dys, weights, layout, True, scale, [weights[0].shape[1]], True)
+
+
 def input_gradient(
     dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, scale: Tensor | None, dropout: float,
     seeds: Tensor | None, shape: tuple[int, ...],
-) -> tuple[Tensor, bool]:  # fmt: skip
-    """sum_j (k_j dy_j) W_j + drop_j'(du_j A_j) in ``shape``, and whether what follows may begin before that has ended.
-
-    Right after :func:`make_du`.
-    """
+) -> Tensor:  # fmt: skip
+    """sum_j (k_j dy_j) W_j + drop_j'(du_j A_j) in ``shape``; right after :func:`make_du`."""
     if not dropout and (kernel := _hopper(du.device)) is not None:
-        overlaps = _overlaps(du, layout)
-        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, scale, [shape], overlaps)
+        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, scale, [shape], _overlaps(du, layout))
         if found is not None:
-            return found[0], overlaps
+            return found[0]
     dx = du.new_empty(shape)
     flat = dx.view(-1, a.shape[1])
     if scale is not None:
@@ -84,4 +87,4 @@ def input_gradient(
         torch.mm(du, a, out=flat)
     for dy, w in zip(dys, weights):
         flat.addmm_(dy, w)
-    return dx, False
+    return dx

@@ -24,7 +24,7 @@ from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import fused_op, rows_of, use_triton
 from m3kernels.ops._dora_scale import scales_from, scales_of
 from m3kernels.ops._lora_launch import MOST, Layout
-from m3kernels.ops._lora_products import input_gradient, project
+from m3kernels.ops._lora_products import input_gradient, lets_begin, project
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
 from m3kernels.ops.fp8_linear import dense
 
@@ -148,17 +148,20 @@ def _backward(
     like, shape, x = many_a[0], x.shape, rows_of(x)
     layout, ns = Layout.of(x, like, len(weights)), [w.shape[0] for w in weights]
     dys = [rows_of(dy).contiguous() for dy in dys]
-    sums = skinny.room_for_sums(x, ns, layout, like, need_adapters, scales is not None)
-    dx, overlaps = x.new_empty(0), False
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
-    # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
-    du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales)
-    if need_x:
-        dx, overlaps = input_gradient(dys, weights, du, a, layout, scales, dropout, seeds, shape)
+    outs, scaled = [rows_of(out) for out in outs], scales is not None
+    sums, adding = skinny.Sums.like(x, sum(ns), layout, like, need_adapters, scaled), None
     if need_adapters:
-        outs = [rows_of(out) for out in outs]
-        skinny.adapter_gradients(sums, dys, x, t, du, layout, scalings, outs, scales, norms, dropout, seeds, overlaps)
+        overlaps = need_x and lets_begin(dys, weights, layout, scales, dropout)
+        adding = skinny.Adding.of(x, ns, outs or dys, layout, scalings, scaled, dropout, overlaps, like.dtype)
+    # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
+    du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.arrived)
+    dx = x.new_empty(0)
+    if need_x:
+        dx = input_gradient(dys, weights, du, a, layout, scales, dropout, seeds, shape)
+    if adding:
+        skinny.adapter_gradients(adding, sums, dys, x, t, du, layout, scalings, outs, scales, norms, seeds)
     if need_weights and scales is not None:
         dys = [skinny.scaled_rows(dy, k) for dy, k in zip(dys, scales.split(ns))]
     return [dx, *sums, *(dy.T @ x for dy in dys if need_weights)]
