@@ -118,6 +118,32 @@ def _shrink_shared(
     return b_1, b_2, b_3
 
 
+@triton.jit
+def _write_parts(
+    program, p_1, p_2, p_3, p_parts, length1, length2, length3, base1, base2, base3, factor1, factor2, factor3, inner, outer,
+    part, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Matrices of ``length`` elements, times a factor, to ``base`` of ``p_parts`` as [hi, hi, lo], ``part`` elements apart.
+
+    ``inner`` elements of each ``outer`` are written.
+    """
+    blocks1, blocks2 = tl.cdiv(length1, PARTS_BLOCK), tl.cdiv(length1, PARTS_BLOCK) + tl.cdiv(length2, PARTS_BLOCK)
+    which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
+    o = (program - _one_of(which, 0, blocks1, blocks2)) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
+    mask = o < _one_of(which, length1, length2, length3)
+    b_x = tl.load(_pointer_of(which, p_1, p_2, p_3) + o, mask=mask, other=0.0).to(tl.float32)
+    b_x *= _one_of(which, tl.cast(factor1, tl.float32), tl.cast(factor2, tl.float32), tl.cast(factor3, tl.float32))
+    o_parts = _one_of(which, base1, base2, base3) + (o // inner).to(tl.int64) * outer + o % inner
+    _store_parts(p_parts + o_parts, b_x, part, mask, "hi", SPLIT)
+
+
+@triton.jit
+def _clear(p_arrived, arrivals):
+    for first in range(0, arrivals, PARTS_BLOCK):
+        o_arrived = first + tl.arange(0, PARTS_BLOCK)
+        tl.store(p_arrived + o_arrived, tl.zeros([PARTS_BLOCK], tl.int32), mask=o_arrived < arrivals)
+
+
 @triton.jit(do_not_specialize=["rows", "out_each"])
 def lora_shrink_kernel(
     p_x1, p_x2, p_x3, p_small1, p_small2, p_small3, p_other1, p_other2, p_other3, p_scale, p_out, p_parts, p_seed, p_arrived,
@@ -129,27 +155,20 @@ def lora_shrink_kernel(
 ):  # fmt: skip
     """out_j = factor_j x_j small_j as [hi | lo | hi], and the other adapter matrices as the product takes them.
 
-    ``small``: (columns of x, rank) by strides. ``SHARED``: all x are one. out_j begins at j * ``out_each``. ``other`` (``length``
-    elements, times other_j) goes to ``base`` of ``p_parts`` as [hi, hi, lo], ``part`` elements apart, ``inner`` elements of each
-    ``outer``; the first ``parts_programs`` programs do that. ``p_arrived``: counters of the outer pass, set to zero.
+    ``small``: (columns of x, rank) by strides. ``SHARED``: all x are one. out_j begins at j * ``out_each``. The first
+    ``parts_programs`` programs write the parts. ``p_arrived``: counters of the outer pass, set to zero.
     """
     if OVERLAP:
         # the product needs none of this before the end of its first tile
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program == 0:
-        for first in range(0, arrivals, PARTS_BLOCK):
-            o_arrived = first + tl.arange(0, PARTS_BLOCK)
-            tl.store(p_arrived + o_arrived, tl.zeros([PARTS_BLOCK], tl.int32), mask=o_arrived < arrivals)
+        _clear(p_arrived, arrivals)
     if program < parts_programs:
-        blocks1, blocks2 = tl.cdiv(length1, PARTS_BLOCK), tl.cdiv(length1, PARTS_BLOCK) + tl.cdiv(length2, PARTS_BLOCK)
-        which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
-        o = (program - _one_of(which, 0, blocks1, blocks2)) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
-        mask = o < _one_of(which, length1, length2, length3)
-        b_other = tl.load(_pointer_of(which, p_other1, p_other2, p_other3) + o, mask=mask, other=0.0).to(tl.float32)
-        b_other *= _one_of(which, tl.cast(other1, tl.float32), tl.cast(other2, tl.float32), tl.cast(other3, tl.float32))
-        o_parts = _one_of(which, base1, base2, base3) + (o // inner).to(tl.int64) * outer + o % inner
-        _store_parts(p_parts + o_parts, b_other, part, mask, "hi", SPLIT)
+        _write_parts(
+            program, p_other1, p_other2, p_other3, p_parts, length1, length2, length3, base1, base2, base3, other1, other2,
+            other3, inner, outer, part, SPLIT,
+        )  # fmt: skip
     else:
         first_rank = tl.program_id(1) * RANK
         o_r = first_rank + tl.arange(0, RANK)
@@ -335,6 +354,64 @@ def lora_outer_kernel(
     if OVERLAP:
         # du was there before the product let this begin; what follows may not begin before the product has ended
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _sum_of_parts(
+    p_parts, stride, first, end, o_row, m_row, ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """The sum over parts ``first`` to ``end`` of rows of (parts, rows, RANK), always in one order."""
+    o_p, o_r = tl.arange(0, AT_ONCE), tl.arange(0, RANK)
+    b_sum = tl.zeros([ROWS, RANK], tl.float32)
+    o_in = o_row[None, :, None].to(tl.int64) * RANK + o_r[None, None, :]
+    for i in range(first, end, AT_ONCE):
+        mask = (i + o_p < end)[:, None, None] & m_row[None, :, None]
+        b_sum += tl.sum(
+            tl.load(p_parts + (i + o_p)[:, None, None].to(tl.int64) * stride + o_in, mask=mask, other=0.0), axis=0
+        )
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["rows", "row_tiles", "each"])
+def lora_sum_kernel(
+    p_part_du, p_part_db, p_a1, p_a2, p_a3, p_du, p_db, p_parts, p_arrived,
+    s1, s2, s3, n1, n2, n3, second, third, blocks, rows, row_tiles, each, length, base2, base3, du_stride, padded, arrivals,
+    parts_programs, du_programs,
+    COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """What the pass over dy left: du of each projection as [hi | lo | hi], db, and A as parts [hi ; hi ; lo]."""
+    if OVERLAP:
+        # the product needs none of this before the end of its first tile
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    if program == 0:
+        _clear(p_arrived, arrivals)
+    ROWS: tl.constexpr = 16
+    o_r = tl.arange(0, RANK)
+    if program < parts_programs:
+        _write_parts(
+            program, p_a1, p_a2, p_a3, p_parts, length, length * (COUNT > 1), length * (COUNT > 2), 0, base2, base3, 1.0, 1.0,
+            1.0, length, 0, length, SPLIT,
+        )  # fmt: skip
+    elif program < parts_programs + du_programs * COUNT:
+        index = program - parts_programs
+        which, o_m = index // du_programs, index % du_programs * ROWS + tl.arange(0, ROWS)
+        first, end = _one_of(which, 0, second, third), _one_of(which, second, third, blocks)
+        b_du = _sum_of_parts(p_part_du, rows.to(tl.int64) * RANK, first, end, o_m, o_m < rows, ROWS, RANK, 8)
+        b_du *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        p_out = p_du + o_m.to(tl.int64)[:, None] * du_stride + which * padded + o_r[None, :]
+        _store_parts(p_out, b_du, RANK, (o_m < rows)[:, None] & (o_r >= 0)[None, :], "lo", SPLIT)
+    else:
+        index = program - parts_programs - du_programs * COUNT
+        block, o_b = index // (COLS // ROWS), index % (COLS // ROWS) * ROWS + tl.arange(0, ROWS)
+        which = (block >= second).to(tl.int32) + (block >= third)
+        o_n = (block - _one_of(which, 0, second, third)) * COLS + o_b
+        # part c + block is of program c, which took tiles c * each and on; a block has row_tiles of them
+        first, last = block * row_tiles // each, ((block + 1) * row_tiles - 1) // each
+        b_db = _sum_of_parts(p_part_db, COLS * RANK, first + block, last + block + 1, o_b, o_b >= 0, ROWS, RANK, 4)
+        b_db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        o_db = (_one_of(which, 0, n1, n1 + n2) + o_n).to(tl.int64)[:, None] * RANK + o_r[None, :]
+        tl.store(p_db + o_db, b_db.to(p_db.dtype.element_ty), mask=(o_n < _one_of(which, n1, n2, n3))[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])

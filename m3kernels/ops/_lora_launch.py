@@ -17,6 +17,7 @@ from m3kernels.ops._lora_kernels import (
     lora_expand_kernel,
     lora_outer_kernel,
     lora_shrink_kernel,
+    lora_sum_kernel,
 )
 from m3kernels.ops._prepared import KEPT, Prepared
 
@@ -35,7 +36,7 @@ class SkinnyConfig:
 
 
 # by columns of small matrices that one tile of x meets
-SHRINK = {16: SkinnyConfig(32, 256, 4, 4), 64: SkinnyConfig(32, 128, 4, 3)}
+SHRINK = {16: SkinnyConfig(32, 256, 4, 5), 64: SkinnyConfig(32, 128, 4, 5)}
 OUTER = {16: SkinnyConfig(64, 128, 4, 3), 96: SkinnyConfig(64, 64, 4, 3)}
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
@@ -145,7 +146,6 @@ class Shrinking(NamedTuple):
     run: Prepared
     out_size: tuple[int, int]
     parts_size: tuple[int, int]
-    arrivals: int
 
 
 @lru_cache(KEPT)
@@ -179,7 +179,7 @@ def _shrink(
         + (*fill(lengths, 0), *fill(bases, 0), *fill(others, 0.0), *place, parts_programs, row_blocks, arrivals),
         form | {"OVERLAP": overlap_meta(device)["OVERLAP"]} | _options(config),
     )
-    return Shrinking(run, size, parts_size, arrivals)
+    return Shrinking(run, size, parts_size)
 
 
 def _run_shrink(
@@ -189,7 +189,7 @@ def _run_shrink(
     x = xs[0]
     widths, strides = tuple([x.shape[1] for x in xs]), tuple([x.stride(0) for x in xs])
     smalls, others = [t.contiguous() for t in smalls], [t.contiguous() for t in others]
-    run, out_size, parts_size, _ = _shrink(
+    run, out_size, parts_size = _shrink(
         layout, x.shape[0], widths, strides, forward, tuple([t.numel() for t in others]), tuple(factors), tuple(scalings),
         scale is not None, dropout, with_rows, 0 if arrived is None else arrived.numel(), x.device, x.dtype, smalls[0].dtype,
     )  # fmt: skip
@@ -247,6 +247,56 @@ def put_parts(out: Tensor, x: Tensor, small: Tensor, layout: Layout) -> None:
     total = both[:, :rank] + both[:, rank:]
     out[:, :rank] = out[:, 2 * rank :] = hi = total.to(out.dtype)
     out[:, rank : 2 * rank] = total - hi.float()
+
+
+@lru_cache(KEPT)
+def _sum(
+    layout: Layout, rows: int, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], row_tiles: int, each: int,
+    cols: int, arrivals: int, device, *_,
+) -> Prepared:  # fmt: skip
+    rank, count, padded = layout.rank, layout.count, layout.padded
+    first = [0]
+    for n in ns:
+        first.append(first[-1] + cdiv(n, cols))
+    length, blocks = rank * width, first[-1]
+    parts_programs, du_programs = count * cdiv(length, PARTS_BLOCK.value), cdiv(rows, 16)
+    bases = (padded * width, 2 * padded * width)
+    return Prepared(
+        "lora_linear backward (sum)",
+        lora_sum_kernel,
+        device,
+        (parts_programs + count * du_programs + blocks * (cols // 16),),
+        (
+            *fill(scalings, 0.0),
+            *fill(ns, 0),
+            *first[1:count],
+            *[blocks] * (MOST - count),
+            blocks,
+            rows,
+            row_tiles,
+            each,
+            length,
+        )
+        + (*bases, count * padded, padded, arrivals, parts_programs, du_programs),
+        {"COLS": cols, "RANK": rank, "COUNT": count, "SPLIT": layout.split, "OVERLAP": overlap_meta(device)["OVERLAP"]},
+    )
+
+
+def add_parts(
+    part_du: Tensor, part_db: Tensor, many_a: list[Tensor], db: Tensor, ns: list[int], rows: int, layout: Layout,
+    scalings: list[float], row_tiles: int, each: int, cols: int, arrived: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(du, a) as :func:`make_du`, of what one pass over dy left; writes db."""
+    many_a = [a.contiguous() for a in many_a]
+    width, device = many_a[0].shape[1], part_du.device
+    du = torch.empty((rows, layout.count * layout.padded), dtype=dtype, device=device)
+    a = torch.empty((layout.count * layout.padded, width), dtype=dtype, device=device)
+    run = _sum(
+        layout, rows, tuple(ns), width, tuple(scalings), row_tiles, each, cols, arrived.numel(), device, dtype,
+        many_a[0].dtype,
+    )  # fmt: skip
+    run(part_du, part_db, *three(many_a), du, db, a, arrived)
+    return du, a
 
 
 class Summing(NamedTuple):

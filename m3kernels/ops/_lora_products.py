@@ -63,7 +63,36 @@ def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, scale: 
     """Whether :func:`input_gradient` lets what follows it begin before it has ended."""
     if dropout or not _overlaps(dys[0], layout) or (kernel := _hopper(dys[0].device)) is None:
         return False
-    return kernel.takes(dys, weights, layout, True, scale, [weights[0].shape[1]], True)
+    return kernel.takes(dys, weights, layout, True, scale, [weights[0].shape[1]], True) is not None
+
+
+def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor]):
+    """The plan of a pass over dy for both du and dB, or None where it takes two."""
+    if _hopper(dys[0].device) is None:
+        return None
+    from m3kernels.ops import _lora_hopper
+
+    bits = 0
+    for tensor in (*dys, *many_b):
+        bits |= tensor.data_ptr()
+    if bits & 15 or not all(b.is_contiguous() for b in many_b):
+        return None
+    ns = tuple([dy.shape[1] for dy in dys])
+    return _lora_hopper.prepared(layout, dys[0].shape[0], ns, dys[0].dtype, many_b[0].dtype, dys[0].device)
+
+
+def du_and_db(
+    plan, dys: list[Tensor], t: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout,
+    db: Tensor, arrived: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(du, a) as :func:`make_du`; writes db."""
+    from m3kernels.ops import _lora_hopper
+
+    parts = _lora_hopper.du_and_db_parts(plan, dys, t, many_b)
+    return skinny.add_parts(
+        *parts, many_a, db, [dy.shape[1] for dy in dys], dys[0].shape[0], layout, scalings, plan.row_tiles, plan.each,
+        _lora_hopper.COLS.value, arrived, t.dtype,
+    )  # fmt: skip
 
 
 def input_gradient(
