@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
-from m3kernels.ops._common import cdiv
-from m3kernels.ops._lora_kernels import _one_of, _pointer_of
+from m3kernels.ops._common import cdiv, sm_count
+from m3kernels.ops._lora_kernels import SMALLEST, _one_of, _pointer_of
 from m3kernels.ops._prepared import KEPT, Prepared
 from m3kernels.ops._products import add_product
 from m3kernels.ops._triton import tl, triton
 
-# a magnitude of 0 gets this scale: its gradient is taken from y / scale
-SMALLEST = tl.constexpr(1e-20)
 BLOCK_N, BLOCK_K = 32, 128
+PROGRAMS = 4  # for each multiprocessor
 
 
 @triton.jit
-def dora_scale_kernel(
+def dora_squares_kernel(
     p_w1,
     p_w2,
     p_w3,
@@ -28,11 +27,7 @@ def dora_scale_kernel(
     p_b1,
     p_b2,
     p_b3,
-    p_m1,
-    p_m2,
-    p_m3,
-    p_norm,
-    p_scale,
+    p_squares,
     s1,
     s2,
     s3,
@@ -41,13 +36,14 @@ def dora_scale_kernel(
     n3,
     width,
     rank,
+    width_each,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of one block: a tile of W + s B A at a time, in registers, squared and added up; scale = magnitude / norm."""
+    """Rows of one block, one share of the columns: a tile of W + s B A at a time, in registers, squared and added up."""
     block = tl.program_id(0)
     first1, first2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
     which = (block >= first1).to(tl.int32) + (block >= first2)
@@ -61,8 +57,10 @@ def dora_scale_kernel(
     scaling = _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
     # by elements: a sum in every step would make the warps wait for each other
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k in range(0, width, BLOCK_K):
-        m_k = k + o_k < width
+    first = tl.program_id(1) * width_each
+    end = tl.minimum(first + width_each, width)
+    for k in range(first, end, BLOCK_K):
+        m_k = k + o_k < end
         merged = tl.load(p_w + k, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
         for r in range(0, rank, BLOCK_R):
             m_r = r + o_r < rank
@@ -76,46 +74,44 @@ def dora_scale_kernel(
                 merged = add_product(merged, hi_b, lo_a, PRECISION)
                 merged = add_product(merged, lo_b, hi_a, PRECISION)
         squares += merged * merged
-    # rounded as PEFT's, whose magnitude began as this norm: a fresh DoRA layer is the frozen one
-    norm = tl.sqrt(tl.sum(squares, axis=1)).to(p_m1.dtype.element_ty).to(tl.float32)
-    magnitude = tl.load(_pointer_of(which, p_m1, p_m2, p_m3) + o_n, mask=m_n, other=0.0).to(tl.float32)
-    scale = tl.div_rn(magnitude, norm)
-    tl.store(p_norm + before + o_n, norm, mask=m_n)
-    tl.store(p_scale + before + o_n, tl.where(scale == 0.0, SMALLEST, scale), mask=m_n)
+    p_out = p_squares + tl.program_id(1).to(tl.int64) * (n1 + n2 + n3) + before + o_n
+    tl.store(p_out, tl.sum(squares, axis=1), mask=m_n)
 
 
 @lru_cache(KEPT)
-def _norms(
+def _squares(
     layout: skinny.Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], device, dtype, *_
 ) -> Prepared:
+    blocks = sum(cdiv(n, BLOCK_N) for n in ns)
+    shares = max(1, min(cdiv(width, BLOCK_K), PROGRAMS * sm_count(device) // blocks))
+    each = cdiv(cdiv(width, shares), BLOCK_K) * BLOCK_K
     return Prepared(
         "dora_linear (norm)",
-        dora_scale_kernel,
+        dora_squares_kernel,
         device,
-        (sum(cdiv(n, BLOCK_N) for n in ns),),
-        (*skinny.fill(scalings, 0.0), *skinny.fill(ns, 0), width, layout.rank),
+        (blocks, cdiv(width, each)),
+        (*skinny.fill(scalings, 0.0), *skinny.fill(ns, 0), width, layout.rank, each),
         {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": min(32, skinny.columns_of(layout.rank))}
         | {"SPLIT": layout.split, "PRECISION": skinny.precision(dtype), "num_warps": 4, "num_stages": 3},
     )
 
 
-def scales_of(
-    weights: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
-    layout: skinny.Layout,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(norms, rounded to the magnitudes' dtype, and scales) of all rows (N of all,) in fp32."""
+def squares_of(
+    weights: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: skinny.Layout
+) -> Tensor:
+    """(shares, N of all) in fp32: sums over the rows of W + s B A, by shares of their columns."""
     ns = tuple([w.shape[0] for w in weights])
-    norms = weights[0].new_empty(sum(ns), dtype=torch.float32)
-    scales = torch.empty_like(norms)
-    groups = [[t.contiguous() for t in group] for group in (weights, many_a, many_b, magnitudes)]
-    dtypes = weights[0].dtype, many_a[0].dtype, magnitudes[0].dtype
-    run = _norms(layout, ns, weights[0].shape[1], tuple(scalings), weights[0].device, *dtypes)
-    run(*(t for group in groups for t in skinny.three(group)), norms, scales)
-    return norms, scales
+    groups = [[t.contiguous() for t in group] for group in (weights, many_a, many_b)]
+    run = _squares(
+        layout, ns, weights[0].shape[1], tuple(scalings), weights[0].device, weights[0].dtype, many_a[0].dtype
+    )
+    squares = weights[0].new_empty((run.grid[1], sum(ns)), dtype=torch.float32)
+    run(*(t for group in groups for t in skinny.three(group)), squares)
+    return squares
 
 
 def scales_from(norms: Tensor, magnitudes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What :func:`scales_of` returns, of norms (N of all,) in fp32 that were computed elsewhere."""
+    """What :func:`skinny.finish_scales` returns, of norms (N of all,) in fp32 that were computed elsewhere."""
     norms = norms.to(magnitudes[0].dtype).float()
     scales = torch.cat([magnitude.float() for magnitude in magnitudes]) / norms
     # the op may not return what it was given

@@ -18,6 +18,8 @@ from m3kernels.ops._triton import tl, triton
 # Philox with 7 rounds passes BigCrush (Salmon et al. 2011); torch's has 10
 ROUNDS = tl.constexpr(7)
 PARTS_BLOCK = tl.constexpr(1024)
+# a magnitude of 0 gets this scale: its gradient is taken from y / scale
+SMALLEST = tl.constexpr(1e-20)
 
 
 @triton.jit
@@ -54,6 +56,67 @@ def _pointer_of(which, p_first, p_second, p_third):
     elif which == 2:
         p_first = p_third
     return p_first
+
+
+@triton.jit
+def _write_parts(
+    program, p_1, p_2, p_3, p_parts, length1, length2, length3, base1, base2, base3, factor1, factor2, factor3, inner, outer,
+    part, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Matrices of ``length`` elements, times a factor, to ``base`` of ``p_parts`` as [hi, hi, lo], ``part`` elements apart.
+
+    ``inner`` elements of each ``outer`` are written.
+    """
+    blocks1, blocks2 = tl.cdiv(length1, PARTS_BLOCK), tl.cdiv(length1, PARTS_BLOCK) + tl.cdiv(length2, PARTS_BLOCK)
+    which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
+    o = (program - _one_of(which, 0, blocks1, blocks2)) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
+    mask = o < _one_of(which, length1, length2, length3)
+    b_x = tl.load(_pointer_of(which, p_1, p_2, p_3) + o, mask=mask, other=0.0).to(tl.float32)
+    b_x *= _one_of(which, tl.cast(factor1, tl.float32), tl.cast(factor2, tl.float32), tl.cast(factor3, tl.float32))
+    o_parts = _one_of(which, base1, base2, base3) + (o // inner).to(tl.int64) * outer + o % inner
+    _store_parts(p_parts + o_parts, b_x, part, mask, "hi", SPLIT)
+
+
+@triton.jit(do_not_specialize=["high"])
+def lora_parts_kernel(
+    p_a1, p_a2, p_a3, p_b1, p_b2, p_b3, p_a, p_low, p_squares, p_m1, p_m2, p_m3, p_norm, p_scale,
+    s1, s2, s3, n1, n2, n3, width, rank, padded, high, a_programs, b_programs, shares,
+    COUNT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A of all as rows [hi ; lo] (lo from row ``high`` on), s B of all as [hi | hi | lo], DoRA's norms and scales."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    program, length = tl.program_id(0), rank * width
+    if program < a_programs:
+        each = tl.cdiv(length, PARTS_BLOCK)
+        which = program // each
+        o = program % each * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
+        b_a = tl.load(_pointer_of(which, p_a1, p_a2, p_a3) + o, mask=o < length, other=0.0).to(tl.float32)
+        hi = b_a.to(p_a.dtype.element_ty)
+        o_a = which.to(tl.int64) * length + o
+        tl.store(p_a + o_a, hi, mask=o < length)
+        if SPLIT:
+            tl.store(p_a + high.to(tl.int64) * width + o_a, (b_a - hi.to(tl.float32)).to(hi.dtype), mask=o < length)
+    elif program < a_programs + b_programs:
+        _write_parts(
+            program - a_programs, p_b1, p_b2, p_b3, p_low, n1 * rank, n2 * rank, n3 * rank, 0, n1 * padded, (n1 + n2) * padded,
+            s1, s2, s3, rank, padded, rank, SPLIT,
+        )  # fmt: skip
+    elif SCALED:
+        total = n1 + n2 + n3
+        o_n = (program - a_programs - b_programs) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
+        m_n, squares = o_n < total, tl.zeros([PARTS_BLOCK], tl.float32)
+        for share in range(shares):
+            squares += tl.load(p_squares + tl.cast(share, tl.int64) * total + o_n, mask=m_n, other=1.0)
+        which = (o_n >= n1).to(tl.int32) + (o_n >= n1 + n2)
+        m = tl.load(p_m1 + o_n, mask=m_n & (which == 0), other=0.0).to(tl.float32)
+        m += tl.load(p_m2 + (o_n - n1), mask=m_n & (which == 1), other=0.0).to(tl.float32)
+        m += tl.load(p_m3 + (o_n - n1 - n2), mask=m_n & (which == 2), other=0.0).to(tl.float32)
+        # rounded as PEFT's, whose magnitude began as this norm: a fresh DoRA layer is the frozen one
+        norm = tl.sqrt_rn(squares).to(p_m1.dtype.element_ty).to(tl.float32)
+        scale = tl.div_rn(m, norm)
+        tl.store(p_norm + o_n, norm, mask=m_n)
+        tl.store(p_scale + o_n, tl.where(scale == 0.0, SMALLEST, scale), mask=m_n)
 
 
 @triton.jit
@@ -116,25 +179,6 @@ def _shrink_shared(
         if COUNT > 2:
             b_3 = _add_small(b_3, b_x, p_3 + o_tile, p_3, mask, m_k, SPLIT, False, PRECISION)
     return b_1, b_2, b_3
-
-
-@triton.jit
-def _write_parts(
-    program, p_1, p_2, p_3, p_parts, length1, length2, length3, base1, base2, base3, factor1, factor2, factor3, inner, outer,
-    part, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Matrices of ``length`` elements, times a factor, to ``base`` of ``p_parts`` as [hi, hi, lo], ``part`` elements apart.
-
-    ``inner`` elements of each ``outer`` are written.
-    """
-    blocks1, blocks2 = tl.cdiv(length1, PARTS_BLOCK), tl.cdiv(length1, PARTS_BLOCK) + tl.cdiv(length2, PARTS_BLOCK)
-    which = (program >= blocks1).to(tl.int32) + (program >= blocks2)
-    o = (program - _one_of(which, 0, blocks1, blocks2)) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
-    mask = o < _one_of(which, length1, length2, length3)
-    b_x = tl.load(_pointer_of(which, p_1, p_2, p_3) + o, mask=mask, other=0.0).to(tl.float32)
-    b_x *= _one_of(which, tl.cast(factor1, tl.float32), tl.cast(factor2, tl.float32), tl.cast(factor3, tl.float32))
-    o_parts = _one_of(which, base1, base2, base3) + (o // inner).to(tl.int64) * outer + o % inner
-    _store_parts(p_parts + o_parts, b_x, part, mask, "hi", SPLIT)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from m3kernels.ops._lora_kernels import (
     dora_scale_rows_kernel,
     lora_expand_kernel,
     lora_outer_kernel,
+    lora_parts_kernel,
     lora_shrink_kernel,
     lora_sum_kernel,
 )
@@ -200,6 +201,59 @@ def _run_shrink(
         unused if seeds is None else seeds, unused if arrived is None else arrived,
     )  # fmt: skip
     return out, parts
+
+
+@lru_cache(KEPT)
+def _parts(
+    layout: Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], high: int, parts: bool, shares: int,
+    device, *_,
+) -> Prepared:  # fmt: skip
+    """``parts``: those of A and B are wanted; ``shares``: of DoRA's squares, 0 without them."""
+    length, rank, count = layout.rank * width, layout.rank, layout.count
+    a_programs = count * cdiv(length, PARTS_BLOCK.value) if parts else 0
+    b_programs = sum(cdiv(n * rank, PARTS_BLOCK.value) for n in ns) if parts else 0
+    n_programs = cdiv(sum(ns), PARTS_BLOCK.value) if shares else 0
+    return Prepared(
+        "lora_linear (parts)",
+        lora_parts_kernel,
+        device,
+        (a_programs + b_programs + n_programs,),
+        (*fill(scalings, 0.0), *fill(ns, 0), width, rank, layout.padded, high, a_programs, b_programs, shares),
+        {
+            "COUNT": count,
+            "SPLIT": layout.split,
+            "SCALED": shares > 0,
+            "OVERLAP": parts and overlap_meta(device)["OVERLAP"],
+        },
+    )
+
+
+def make_parts(
+    x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
+    squares: Tensor | None, layout: Layout, a_rows: int, high: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(A of all as rows hi and, from ``high`` on, lo (a_rows, K); s B of all as :func:`make_t`; DoRA's norms and scales).
+
+    Without ``a_rows`` no parts, without ``squares`` no norms.
+    """
+    ns, width, parts = tuple([b.shape[0] for b in many_b]), many_a[0].shape[1], a_rows > 0
+    many_a, many_b, magnitudes = ([t.contiguous() for t in group] for group in (many_a, many_b, magnitudes or many_b))
+    a, low = x.new_empty((a_rows, width)), layout.buffer(x, sum(ns) if parts else 0, layout.padded)
+    norms = scales = None
+    if squares is not None:
+        norms = squares.new_empty(sum(ns))
+        scales = torch.empty_like(norms)
+    run = _parts(
+        layout, ns, width, tuple(scalings), high, parts, 0 if squares is None else squares.shape[0], x.device, x.dtype,
+        many_a[0].dtype, magnitudes[0].dtype,
+    )  # fmt: skip
+    unused = many_b[0]
+    none = lambda option: unused if option is None else option
+    run(
+        *three(many_a), *three(many_b), a if parts else unused, low if parts else unused, none(squares),
+        *three(magnitudes), none(norms), none(scales),
+    )  # fmt: skip
+    return a, low, norms, scales
 
 
 def make_t(

@@ -29,6 +29,24 @@ def _overlaps(x: Tensor, layout: Layout, dropout: float = 0.0) -> bool:
     return overlap_meta(x.device)["OVERLAP"] and not skinny.by_cublas(layout, dropout, x.device, x.dtype)
 
 
+def t_and_low(
+    x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
+    squares: Tensor | None, layout: Layout, dropout: float, seeds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(t, low) as :func:`make_t`, and DoRA's norms and scales where ``squares`` are given."""
+    if not dropout and _hopper(x.device) is not None and not x.data_ptr() & 15:
+        from m3kernels.ops import _lora_x_hopper
+
+        plan = _lora_x_hopper.prepared(layout, *x.shape, x.stride(0), x.dtype, x.device)
+        if plan is not None:
+            a, low, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, *plan[1:])
+            return _lora_x_hopper.t_of(plan, x, a, layout), low, *norms
+    norms = [None, None]
+    if squares is not None:
+        _, _, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, 0, 0)
+    return *skinny.make_t(x, many_a, many_b, scalings, layout, dropout, seeds), *norms
+
+
 def project(
     x: Tensor,
     weights: list[Tensor],
@@ -39,7 +57,7 @@ def project(
     shape: tuple,
     dropout: float,
 ) -> list[Tensor]:
-    """scale * (x W_j^T + t_j low_j^T) of each projection, (\\*shape, N); right after :func:`make_t`."""
+    """scale * (x W_j^T + t_j low_j^T) of each projection, (\\*shape, N); right after :func:`t_and_low`."""
     sizes = [(*shape, w.shape[0]) for w in weights]
     if (kernel := _hopper(x.device)) is not None:
         overlaps = _overlaps(x, layout, dropout)

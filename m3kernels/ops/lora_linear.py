@@ -22,9 +22,9 @@ from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import fused_op, rows_of, use_triton
-from m3kernels.ops._dora_scale import scales_from, scales_of
+from m3kernels.ops._dora_scale import scales_from, squares_of
 from m3kernels.ops._lora_launch import MOST, Layout
-from m3kernels.ops._lora_products import du_and_db, input_gradient, lets_begin, one_pass, project
+from m3kernels.ops._lora_products import du_and_db, input_gradient, lets_begin, one_pass, project, t_and_low
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
 from m3kernels.ops.fp8_linear import dense
 
@@ -92,16 +92,15 @@ def _forward(
     shape, x = x.shape[:-1], rows_of(x)
     layout = Layout.of(x, a1, len(weights))
     weights = _dense(weights, _given(f1, f2, f3), blocks, x.dtype)
-    scales, kept = None, []
-    if magnitudes:
-        if given_norms is None:
-            norms, scales = scales_of(weights, many_a, many_b, scalings, magnitudes, layout)
-        else:
-            norms, scales = scales_from(given_norms, magnitudes)
-        kept = [norms, scales]
+    squares = None
+    if magnitudes and given_norms is None:
+        squares = squares_of(weights, many_a, many_b, scalings, layout)
+    t, low, norms, scales = t_and_low(x, many_a, many_b, scalings, magnitudes, squares, layout, dropout, seeds)
+    if given_norms is not None:
+        norms, scales = scales_from(given_norms, magnitudes)
+    kept = [] if scales is None else [norms, scales]
     # in fp16 dm is taken from y / k, for which it has too few exponents: what is scaled is kept
     later = scales is not None and x.dtype == torch.float16
-    t, low = skinny.make_t(x, many_a, many_b, scalings, layout, dropout, seeds)
     ys = project(x, weights, t, low, layout, None if later else scales, shape, dropout)
     if later:
         kept += ys
