@@ -444,7 +444,7 @@ def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:
 def adapter_types(kernel, constexprs: dict, **other: str) -> dict:
     types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names if n not in constexprs}
     types |= dict.fromkeys(("dropout", "scale", "s1", "s2", "s3"), "fp32")
-    return types | {"p_seed": "*i64"} | other
+    return types | {"p_seed": "*i64", "p_arrived": "*i32"} | other
 
 
 # what the product leaves of a multiprocessor's 228 KB, less what the system keeps of each program's
@@ -458,7 +458,7 @@ def adapter_layout(rank: int, split: bool, count: int):
 
 
 def skinny_report(kernel, config, form, dtype, split, **other: str) -> dict:
-    fp32 = ["p_scale", "p_norm", "p_dm"] + [
+    fp32 = ["p_scale", "p_norm", "p_dm", "p_slabs"] + [
         n for n in kernel.arg_names if n.startswith(("p_small", "p_other", "p_d"))
     ] * split
     constexprs = form | {"OVERLAP": kernel is adapters.lora_outer_kernel}

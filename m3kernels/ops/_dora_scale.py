@@ -13,6 +13,7 @@ from m3kernels.ops._products import add_product
 from m3kernels.ops._triton import tl, triton
 
 BLOCK_N, BLOCK_K = 32, 128
+STAGES = 3
 PROGRAMS = 4  # for each multiprocessor
 
 
@@ -42,6 +43,7 @@ def dora_squares_kernel(
     BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Rows of one block, one share of the columns: a tile of W + s B A at a time, in registers, squared and added up."""
     block = tl.program_id(0)
@@ -59,7 +61,8 @@ def dora_squares_kernel(
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     first = tl.program_id(1) * width_each
     end = tl.minimum(first + width_each, width)
-    for k in range(first, end, BLOCK_K):
+    # all loads run ahead, not the products' alone
+    for k in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         m_k = k + o_k < end
         merged = tl.load(p_w + k, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
         for r in range(0, rank, BLOCK_R):
@@ -92,7 +95,7 @@ def _squares(
         (blocks, cdiv(width, each)),
         (*skinny.fill(scalings, 0.0), *skinny.fill(ns, 0), width, layout.rank, each),
         {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": min(32, skinny.columns_of(layout.rank))}
-        | {"SPLIT": layout.split, "PRECISION": skinny.precision(dtype), "num_warps": 4, "num_stages": 3},
+        | {"SPLIT": layout.split, "PRECISION": skinny.precision(dtype), "STAGES": STAGES, "num_warps": 4},
     )
 
 

@@ -330,7 +330,8 @@ def lora_outer_kernel(
     n1, n2, n3, width, x_stride, out_stride1, out_stride2, out_stride3, rows, rows_each, rank, t_stride, t_each, u_stride,
     u_each, part, s1, s2, s3, dropout, y_blocks, shares,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
-    SCALED: tl.constexpr, OF_Z: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    SCALED: tl.constexpr, OF_Z: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, WITH_Y: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dB of all (N of all, rank) and dA (count, rank, width); for DoRA (SCALED) dm of all, from y (or from z, OF_Z).
 
@@ -346,7 +347,7 @@ def lora_outer_kernel(
     place = tl.program_id(2) * tl.num_programs(0) + block
     p_slab = p_slabs + (place * shares).to(tl.int64) * slab
     p_own, p_arrived = p_slab + share * slab, p_arrived + place
-    if block < y_blocks:
+    if WITH_Y and block < y_blocks:
         blocks1, blocks2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
         which = (block >= blocks1).to(tl.int32) + (block >= blocks2)
         o_n = (block - _one_of(which, 0, blocks1, blocks2)) * BLOCK_N + o_b

@@ -392,7 +392,10 @@ def _outer(
             count * padded,
         )
         + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares),
-        form | {"OVERLAP": overlaps} | _options(config) | ({"launch_pdl": True} if overlaps else {}),
+        form
+        | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
+        | _options(config)
+        | ({"launch_pdl": True} if overlaps else {}),
     )
     return Summing(run, blocks * groups * shares * config.cols * (form["RANK"] * count + 1), blocks * groups)
 
