@@ -331,7 +331,6 @@ def lora_outer_kernel(
     u_each, part, s1, s2, s3, dropout, y_blocks, shares,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
     SCALED: tl.constexpr, OF_Z: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, WITH_Y: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dB of all (N of all, rank) and dA (count, rank, width); for DoRA (SCALED) dm of all, from y (or from z, OF_Z).
 
@@ -396,9 +395,6 @@ def lora_outer_kernel(
             for j in tl.static_range(COUNT):
                 da = _add_up(p_slab, j * BLOCK_N * RANK + o_sum, slab, shares) / (1.0 - dropout)
                 tl.store(p_da + tl.cast(j * rank, tl.int64) * width + o_da, da.to(p_da.dtype.element_ty), mask=mask)
-    if OVERLAP:
-        # du was there before the product let this begin; what follows may not begin before the product has ended
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -457,6 +453,19 @@ def lora_sum_kernel(
         b_db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
         o_db = (_one_of(which, 0, n1, n1 + n2) + o_n).to(tl.int64)[:, None] * RANK + o_r[None, :]
         tl.store(p_db + o_db, b_db.to(p_db.dtype.element_ty), mask=(o_n < _one_of(which, n1, n2, n3))[:, None])
+
+
+@triton.jit(do_not_specialize=["row_tiles", "each"])
+def lora_da_kernel(p_parts, p_da, width, row_tiles, each, COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr):
+    """dA (count, rank, width), the sum of parts (parts, count, COLS, rank): part c + block is of program c."""
+    block, which, ROWS = tl.program_id(0), tl.program_id(1), COLS
+    o_n, o_r = tl.arange(0, COLS), tl.arange(0, RANK)
+    first, last = block * row_tiles // each, ((block + 1) * row_tiles - 1) // each
+    p_parts += which * COLS * RANK
+    b_da = _sum_of_parts(p_parts, COLS * RANK * COUNT, first + block, last + block + 1, o_n, o_n >= 0, ROWS, RANK, 2)
+    col = block * COLS + o_n
+    o_da = (which * RANK + o_r).to(tl.int64)[None, :] * width + col[:, None]
+    tl.store(p_da + o_da, b_da.to(p_da.dtype.element_ty), mask=(col < width)[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])

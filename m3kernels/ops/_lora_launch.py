@@ -14,6 +14,7 @@ from m3kernels.ops._common import cdiv, launch, next_power_of_2, overlap_meta, s
 from m3kernels.ops._lora_kernels import (
     PARTS_BLOCK,
     dora_scale_rows_kernel,
+    lora_da_kernel,
     lora_expand_kernel,
     lora_outer_kernel,
     lora_parts_kernel,
@@ -364,7 +365,7 @@ class Summing(NamedTuple):
 @lru_cache(KEPT)
 def _outer(
     layout: Layout, rows: int, ns: tuple[int, ...], width: int, strides: tuple[int, ...], scalings: tuple[float, ...],
-    scaled: bool, dropout: float, overlaps: bool, device, dtype, *_,
+    scaled: bool, dropout: float, device, dtype, *_,
 ) -> Summing:  # fmt: skip
     """``strides``: of x, and of the outputs that DoRA's dm is taken from."""
     rank, count, padded = layout.rank, layout.count, layout.padded
@@ -392,19 +393,13 @@ def _outer(
             count * padded,
         )
         + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares),
-        form
-        | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
-        | _options(config)
-        | ({"launch_pdl": True} if overlaps else {}),
+        form | {"WITH_Y": bool(ns)} | _options(config),
     )
     return Summing(run, blocks * groups * shares * config.cols * (form["RANK"] * count + 1), blocks * groups)
 
 
 class Sums(NamedTuple):
-    """Gradients of the adapters: dA (count, R, K), dB (N of all, R), DoRA's dm (N of all,) in fp32; empty where not needed.
-
-    Made before the product is launched: what runs beside it may write no memory that anything before it still reads.
-    """
+    """Gradients of the adapters: dA (count, R, K), dB (N of all, R), DoRA's dm (N of all,) in fp32; empty where not needed."""
 
     da: Tensor
     db: Tensor
@@ -430,14 +425,14 @@ class Adding(NamedTuple):
     @classmethod
     def of(
         cls, x: Tensor, ns: list[int], outs: list[Tensor], layout: Layout, scalings: list[float], scaled: bool,
-        dropout: float, overlaps: bool, dtype: torch.dtype,
+        dropout: float, dtype: torch.dtype,
     ) -> "Adding":  # fmt: skip
-        """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums."""
+        """Without ``ns``, dA alone. ``dtype``: of the sums."""
         if by_cublas(layout, dropout, x.device, x.dtype):
             return cls(None, x, None)
         strides = (x.stride(0), *(out.stride(0) for out in outs))
         run, slabs, arrivals = _outer(
-            layout, x.shape[0], tuple(ns), x.shape[1], strides, tuple(scalings), scaled, dropout, overlaps, x.device,
+            layout, x.shape[0], tuple(ns), x.shape[1], strides, tuple(scalings), scaled, dropout, x.device,
             x.dtype, dtype,
         )  # fmt: skip
         return cls(run, x.new_empty(slabs, dtype=torch.float32), x.new_empty(arrivals, dtype=torch.int32))
@@ -457,6 +452,23 @@ def adapter_gradients(
         *three(dys), *three(outs or dys), x, t, du, sums.db, sums.da, sums.dm if sums.dm.numel() else unused, adding.slabs,
         adding.arrived, none(scales), none(norms), none(seeds),
     )  # fmt: skip
+
+
+@lru_cache(KEPT)
+def _da(layout: Layout, width: int, row_tiles: int, each: int, cols: int, device, *_) -> Prepared:
+    return Prepared(
+        "lora_linear backward (dA)",
+        lora_da_kernel,
+        device,
+        (cdiv(width, cols), layout.count),
+        (width, row_tiles, each),
+        {"COLS": cols, "RANK": layout.rank, "COUNT": layout.count},
+    )
+
+
+def add_da(parts: Tensor, da: Tensor, layout: Layout, row_tiles: int, each: int, cols: int) -> None:
+    """Writes dA (count, R, K), the sum of what was made beside the product."""
+    _da(layout, da.shape[2], row_tiles, each, cols, da.device, da.dtype)(parts, da)
 
 
 def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, outs, scales, norms) -> None:

@@ -9,6 +9,9 @@ from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import overlap_meta
 from m3kernels.ops._lora_launch import Layout
 
+# dA is made beside the product at these ranks, up to so many rows of all layers
+RANKS, MOST_BESIDE = (16, 32, 64), 64
+
 
 @cache
 def _hopper(device: torch.device):
@@ -63,7 +66,7 @@ def project(
         overlaps = _overlaps(x, layout, dropout)
         found = kernel.linear_low_rank([x], weights, t, low, layout, False, scale, sizes, overlaps)
         if found is not None:
-            return found
+            return found.outs
     found, row = [], 0
     for j, (w, size) in enumerate(zip(weights, sizes)):
         n, y = w.shape[0], x.new_empty(size)
@@ -75,13 +78,6 @@ def project(
         found.append(y)
         row += n
     return found
-
-
-def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, scale: Tensor | None, dropout: float) -> bool:
-    """Whether :func:`input_gradient` lets what follows it begin before it has ended."""
-    if dropout or not _overlaps(dys[0], layout) or (kernel := _hopper(dys[0].device)) is None:
-        return False
-    return kernel.takes(dys, weights, layout, True, scale, [weights[0].shape[1]], True) is not None
 
 
 def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor]):
@@ -115,13 +111,18 @@ def du_and_db(
 
 def input_gradient(
     dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, scale: Tensor | None, dropout: float,
-    seeds: Tensor | None, shape: tuple[int, ...],
-) -> Tensor:  # fmt: skip
-    """sum_j (k_j dy_j) W_j + drop_j'(du_j A_j) in ``shape``; right after :func:`make_du`."""
+    seeds: Tensor | None, shape: tuple[int, ...], x: Tensor, da: Tensor | None,
+) -> tuple[Tensor, bool]:  # fmt: skip
+    """(sum_j (k_j dy_j) W_j + drop_j'(du_j A_j) in ``shape``, whether ``da`` = du^T x is written); right after du."""
     if not dropout and (kernel := _hopper(du.device)) is not None:
-        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, scale, [shape], _overlaps(du, layout))
+        x = None if da is None or layout.rank not in RANKS or layout.count * layout.rank > MOST_BESIDE else x
+        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, scale, [shape], _overlaps(du, layout), x)
         if found is not None:
-            return found[0]
+            if x is not None:
+                skinny.add_da(
+                    found.parts, da, layout, found.tiles.row_tiles, found.tiles.each, kernel.BESIDE_COLS.value
+                )
+            return found.outs[0], x is not None
     dx = du.new_empty(shape)
     flat = dx.view(-1, a.shape[1])
     if scale is not None:
@@ -134,4 +135,4 @@ def input_gradient(
         torch.mm(du, a, out=flat)
     for dy, w in zip(dys, weights):
         flat.addmm_(dy, w)
-    return dx
+    return dx, False

@@ -24,7 +24,7 @@ from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import fused_op, rows_of, use_triton
 from m3kernels.ops._dora_scale import scales_from, squares_of
 from m3kernels.ops._lora_launch import MOST, Layout
-from m3kernels.ops._lora_products import du_and_db, input_gradient, lets_begin, one_pass, project, t_and_low
+from m3kernels.ops._lora_products import du_and_db, input_gradient, one_pass, project, t_and_low
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
 from m3kernels.ops.fp8_linear import dense
 
@@ -150,21 +150,22 @@ def _backward(
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
     outs, scaled = [rows_of(out) for out in outs], scales is not None
-    sums, adding, plan = skinny.Sums.like(x, sum(ns), layout, like, need_adapters, scaled), None, None
+    sums = skinny.Sums.like(x, sum(ns), layout, like, need_adapters, scaled)
+    plan = one_pass(dys, layout, many_b) if need_adapters and not scaled else None
+    adding = None
     if need_adapters:
-        overlaps = need_x and lets_begin(dys, weights, layout, scales, dropout)
-        plan = None if scaled else one_pass(dys, layout, many_b)
         given = ([], []) if plan else (ns, outs or dys)
-        adding = skinny.Adding.of(x, *given, layout, scalings, scaled, dropout, overlaps, like.dtype)
+        adding = skinny.Adding.of(x, *given, layout, scalings, scaled, dropout, like.dtype)
     if plan:
         du, a = du_and_db(plan, dys, t, many_a, many_b, scalings, layout, sums.db, adding.arrived)
     else:
         # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.arrived)
-    dx = x.new_empty(0)
+    dx, done = x.new_empty(0), False
     if need_x:
-        dx = input_gradient(dys, weights, du, a, layout, scales, dropout, seeds, shape)
-    if adding:
+        da = sums.da if plan else None
+        dx, done = input_gradient(dys, weights, du, a, layout, scales, dropout, seeds, shape, x, da)
+    if adding and not done:
         skinny.adapter_gradients(adding, sums, dys, x, t, du, layout, scalings, outs, scales, norms, seeds)
     if need_weights and scales is not None:
         dys = [skinny.scaled_rows(dy, k) for dy, k in zip(dys, scales.split(ns))]
