@@ -458,11 +458,11 @@ def lora_sum_kernel(
 @triton.jit(do_not_specialize=["row_tiles", "each"])
 def lora_da_kernel(p_parts, p_da, width, row_tiles, each, COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr):
     """dA (count, rank, width), the sum of parts (parts, count, COLS, rank): part c + block is of program c."""
-    block, which, ROWS = tl.program_id(0), tl.program_id(1), COLS
+    block, which = tl.program_id(0), tl.program_id(1)
     o_n, o_r = tl.arange(0, COLS), tl.arange(0, RANK)
     first, last = block * row_tiles // each, ((block + 1) * row_tiles - 1) // each
     p_parts += which * COLS * RANK
-    b_da = _sum_of_parts(p_parts, COLS * RANK * COUNT, first + block, last + block + 1, o_n, o_n >= 0, ROWS, RANK, 2)
+    b_da = _sum_of_parts(p_parts, COLS * RANK * COUNT, first + block, last + block + 1, o_n, o_n >= 0, COLS, RANK, 2)
     col = block * COLS + o_n
     o_da = (which * RANK + o_r).to(tl.int64)[None, :] * width + col[:, None]
     tl.store(p_da + o_da, b_da.to(p_da.dtype.element_ty), mask=(col < width)[:, None])
