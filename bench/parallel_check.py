@@ -8,6 +8,7 @@ torchrun --max-restarts. A line of JSON a check; exit status 1 where one failed.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -136,6 +137,7 @@ class Checks:
         return 1 if failed else 0
 
 
+@functools.cache
 def environment() -> dict[str, str]:
     """What the checks ran on."""
     on_gpu = torch.cuda.is_available()
@@ -156,7 +158,8 @@ def run_all(runs: Runs, schemes: list[str], checks: Checks | None) -> None:
         # each rank some of them
         for scheme, precision in list(itertools.product(schemes, PRECISIONS))[rank::ranks]:
             runs.whole(scheme, precision, ALONE)
-    with process_group(2), shared_meshes():
+    # ranks may come from runs of unequal length
+    with process_group(10), shared_meshes():
         dist.barrier()
         for scheme, layout in itertools.product(schemes, layouts(ranks)):
             exact, fast = (runs.whole(scheme, precision, layout) for precision in PRECISIONS)
