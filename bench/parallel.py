@@ -158,7 +158,7 @@ def timed(model: nn.Module, step: Callable[[], object]) -> float:
 
 
 def run(cell: Cell, device: torch.device, mesh: DeviceMesh | None, steps: int) -> dict:
-    """A row; of a cell that GPUs have no memory for, one that says so."""
+    """A row; of a cell that failed, one that says why."""
     size, dp = SIZES[cell.size], 1 if mesh is None else mesh["dp"].size()
     row = {"kind": "parallel", **asdict(cell), "dp": dp}
     began = time.perf_counter()
@@ -167,9 +167,11 @@ def run(cell: Cell, device: torch.device, mesh: DeviceMesh | None, steps: int) -
         with ExitStack() as stack:
             model = build(cell, device, mesh, stack)
             found = measure(model, make_batch(size, "text", cell.batch, cell.seq, device), steps)
-    # every rank has as much of everything, and runs out of it at one place
+    # every rank does the same, and fails of it at one place
     except torch.OutOfMemoryError:
         return row | {"failed": f"out of memory at {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"}
+    except (ImportError, RuntimeError, ValueError) as error:
+        return row | {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     flops = step_flops(size, "text", cell.mode, cell.batch, cell.seq).total
     tokens = cell.batch * cell.seq / cell.tp
     return row | found | {

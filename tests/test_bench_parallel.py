@@ -1,9 +1,12 @@
 """bench.parallel and its parts, without GPUs: what a trace shows, which cells can run, what the table says."""
 
 import json
+import math
 
 import pytest
+import recipe_jobs
 import torch
+from pool import run
 
 from m3kernels.bench import overlap, parallel
 
@@ -79,3 +82,17 @@ def test_the_table_has_efficiency_overlap_and_old_files(tmp_path):
     assert [line.split(" | ")[5] for line in lines] == ["100 %", "80 %", "–", "100 %"]
     assert "| – | – | 35.0 |" in lines[0] and "| 40 ms, 25 % | 5 ms |" in lines[1] and "| – | 5 ms |" in lines[3]
     assert page.startswith("a<!-- gpus -->") and page.endswith("<!-- /gpus -->b") and "8b, 4096 x 1, lora" in lines[3]
+
+
+def test_recipes_run_at_their_tensor_parallelism(tmp_path):
+    """Tiny models in the place of the 8B and 14B: full at tp 2, and LoRA; tp 4 does not divide two processes."""
+    (rows, layouts), _ = run(2, recipe_jobs.train, tmp_path, ("8b-none", "8b-lora", "14b-none"))
+    full, lora, refused = rows
+    assert (full["tp"], full["dp"], lora["tp"], lora["dp"]) == (2, 1, 1, 2)
+    assert layouts == ["data parallel 1 x tensor parallel 2", "data parallel 2 x tensor parallel 1"]
+    for row in (full, lora):
+        # the loss of a guess among as many tokens
+        assert row["first_loss"] == pytest.approx(math.log(131072), abs=0.2) and row["tokens"] > 32 * 100
+        assert row["optimizer"] == "adamw" and row["precision"] == "bf16_mixed" and "waits for data" in row["shown"]
+    assert refused["not_run"] == "tp 4 does not divide 2 processes" and "not run: tp 4" in refused["shown"]
+    assert not list(tmp_path.rglob("step-*"))
