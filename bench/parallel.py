@@ -54,7 +54,12 @@ PEERS = (OURS, HF_TP, HF_LIGER)
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured; ``batch``: rows on each data-parallel rank."""
+    """What is measured.
+
+    Attributes:
+        batch: rows on each data-parallel rank.
+        keep: data-parallel ranks have frozen weights whole, and trained ones from forward to backward.
+    """
 
     size: str
     tp: int
@@ -63,6 +68,7 @@ class Cell:
     peer: str
     batch: int
     recompute: str
+    keep: bool = False
 
     def why_not(self, ranks: int) -> str:
         """Why it cannot run on so many processes; empty where it can."""
@@ -72,8 +78,8 @@ class Cell:
             return f"transformers shards over all processes: tp must be {ranks}, and above 1"
         if self.peer == HF_LIGER and self.tp > 1:
             return "Liger's parts know no tensor parallelism"
-        if self.peer != OURS and (self.mode != "full" or self.recompute != "none"):
-            return "peers train all weights and recompute nothing"
+        if self.peer != OURS and (self.mode != "full" or self.recompute != "none" or self.keep):
+            return "peers train all weights, recompute nothing and let go of what they gather"
         return ""
 
 
@@ -117,7 +123,7 @@ def build_ours(cell: Cell, device: torch.device, mesh: DeviceMesh | None) -> Min
             parameter.requires_grad_(is_adapter(name))
     if mesh is not None:
         m3kernels.patch(model)
-        parallelize(model, mesh)
+        parallelize(model, mesh, reshard_after_forward=not cell.keep, shard_frozen=not cell.keep)
     draw(model, device, SIZES[cell.size].std)
     # on one GPU patched where the weights lie, so that those of one product lie side by side
     m3kernels.patch(model)
@@ -194,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=[OURS])
     parser.add_argument("--batch", type=int, default=1, help="rows on each data-parallel rank")
     parser.add_argument("--recompute", choices=tuple(RUN), default="none")
+    parser.add_argument(
+        "--keep", action="store_true", help="do not let go of weights that FSDP2 gathers, as the trainer"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, help="where rows are appended")
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="measure nothing, write the docs' table")
@@ -206,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("m3kernels.bench.parallel needs CUDA GPUs: torch sees none", file=sys.stderr)
         return 2
-    values = itertools.product(args.size, args.tp, args.seq, args.mode, args.peer, [args.batch], [args.recompute])
+    single = [args.batch], [args.recompute], [args.keep]
+    values = itertools.product(args.size, args.tp, args.seq, args.mode, args.peer, *single)
     cells = [Cell(*chosen) for chosen in values]
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     runnable = [cell for cell in cells if not cell.why_not(ranks)]
@@ -245,6 +255,7 @@ def with_table(text: str, files: list[Path]) -> str:
     for row in rows:
         share = f"{100 * row['tokens_per_s_gpu'] / alone[cell(row)]:.0f} %" if cell(row) in alone else "–"
         what = f"{row['size']}, {row['seq']} x {row['batch']}" + ("" if row["mode"] == "full" else f", {row['mode']}")
+        what += ", kept" if row.get("keep") else ""
         lines.append(
             f"| {what} | {row['peer']} | {row['tp']} x {row['dp']} | {row['ms']:.0f} | {row['tokens_per_s_gpu']:.0f} | "
             f"{share} | {told_traced(row)} | {row['peak_gib']:.1f} | {row['loss']:.4f} | {row['grad_norm']:.3f} |"
@@ -269,7 +280,7 @@ def show(row: dict) -> str:
     name = (
         f"{row['size']} {row['mode']:<4} {row['peer']:<10} tp {row['tp']} dp {row['dp']} S{row['seq']} x {row['batch']}"
     )
-    name += f" {row['recompute']:<9}"
+    name += f" {row['recompute']:<9}{' kept' if row['keep'] else ''}"
     if "failed" in row:
         return f"{name} {row['failed']}"
     return (
