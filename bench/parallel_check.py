@@ -162,10 +162,14 @@ def run_all(runs: Runs, schemes: list[str], checks: Checks | None) -> None:
     with process_group(10), shared_meshes():
         dist.barrier()
         for scheme, layout in itertools.product(schemes, layouts(ranks)):
-            exact, fast = (runs.whole(scheme, precision, layout) for precision in PRECISIONS)
+            # both ways of the trainer to hold weights of other data-parallel ranks
+            for kept in (False, True) if layout[1] > 1 else (False,):
+                name = runs.whole(scheme, "fp64", layout, kept)
+                if checks:
+                    checks.weights("fp64 weights", scheme, named(layout) + (", kept" if kept else ""), name)
+            name = runs.whole(scheme, "bf16_mixed", layout)
             if checks:
-                checks.weights("fp64 weights", scheme, named(layout), exact)
-                checks.numbers(scheme, named(layout), fast)
+                checks.numbers(scheme, named(layout), name)
         for scheme, pair in itertools.product(resharded, itertools.permutations([ALONE, *layouts(ranks)], 2)):
             if pair[1] != ALONE:
                 name = runs.reshard(scheme, *pair)

@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +28,7 @@ from m3kernels.models.finetune import trainer
 from m3kernels.models.finetune.checkpoint import complete
 from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.config import FinetuneConfig
+from m3kernels.models.finetune.estimate import Memory, choose_recompute
 from m3kernels.models.finetune.metrics import METRICS, read_metrics
 from m3kernels.models.finetune.process import process_group
 
@@ -115,10 +117,11 @@ class Runs:
             print(f"{name}: {self.failed[name]}\n{said.getvalue()[-2000:]}", file=sys.stderr, flush=True)
         self.seconds[name] = time.perf_counter() - began
 
-    def whole(self, scheme: str, precision: str, layout: Layout) -> str:
-        """A run from the pretrained weights; its name."""
-        name = run_name(scheme, precision, layout)
-        self.run(name, scheme, precision, layout[0])
+    def whole(self, scheme: str, precision: str, layout: Layout, kept: bool | None = None) -> str:
+        """A run from the pretrained weights; its name. ``kept``: as ``keeping`` has it; None leaves that to the trainer."""
+        name = run_name(scheme, precision, layout) + ("-kept" if kept else "")
+        with contextlib.nullcontext() if kept is None else keeping(kept):
+            self.run(name, scheme, precision, layout[0])
         return name
 
     def reshard(self, scheme: str, written: Layout, read: Layout) -> str:
@@ -165,6 +168,17 @@ def one_process() -> Iterator[None]:
         os.environ.pop("RANK", None)
         with process_group(2):
             yield
+
+
+@contextlib.contextmanager
+def keeping(kept: bool) -> Iterator[None]:
+    """Data-parallel ranks keep the weights that they gather, or do not, whatever their memory."""
+
+    def chosen(*args) -> Memory:
+        return replace(choose_recompute(*args), kept=int(kept))
+
+    with mock.patch.object(trainer, "choose_recompute", chosen):
+        yield
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from m3kernels.bench.parallel_runs import keeping
 from m3kernels.cli.demo_model import ModelSize
-from m3kernels.models.finetune import build, trainer
+from m3kernels.models.finetune import build
 from m3kernels.models.finetune.checkpoint import complete, read_record
 from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.config import FinetuneConfig
-from m3kernels.models.finetune.estimate import choose_recompute
 from m3kernels.models.finetune.metrics import METRICS, read_metrics
 from m3kernels.models.finetune.trainer import finetune
 
@@ -69,12 +69,7 @@ def run(made: FinetuneConfig) -> tuple[list[float], int]:
 
 def run_keeping(made: FinetuneConfig) -> tuple[list[float], int]:
     """``run`` as where GPUs have room for the weights of other ranks."""
-
-    def roomy(*args):
-        return dataclasses.replace(choose_recompute(*args), kept=1)
-
-    sharding = mock.patch.object(build, "parallelize", wraps=build.parallelize)
-    with mock.patch.object(trainer, "choose_recompute", roomy), sharding as seen:
+    with keeping(True), mock.patch.object(build, "parallelize", wraps=build.parallelize) as seen:
         found = run(made)
     assert not (seen.call_args.kwargs["shard_frozen"] or seen.call_args.kwargs["reshard_after_forward"])
     return found

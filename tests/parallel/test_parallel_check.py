@@ -25,7 +25,8 @@ def test_two_processes_train_as_one_does(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert all(row["passed"] for row in rows) and "6 of 6 passed" in done.stdout
+    assert all(row["passed"] for row in rows) and "7 of 7 passed" in done.stdout
+    assert [row["what"] for row in rows if row["layout"] == "tp 1 x dp 2, kept"] == ["fp64 weights, lora"]
     for layout in ("tp 1 x dp 2", "tp 2 x dp 1"):
         found = {row["what"]: row["error"] for row in rows if row["layout"] == layout}
         assert found.keys() == {"fp64 weights, lora", "bf16 loss, lora", "bf16 grad_norm, lora"}
