@@ -1,6 +1,6 @@
 """The recommended configurations of docs/finetune.md at their real shapes: steps of the trainer on mock data, optimizer included.
 
-    torchrun --nproc-per-node=2 -m m3kernels.bench.parallel_recipes --out FILE.ndjson [--only 3b-none 8b-lora] [--steps 20]
+    torchrun --nproc-per-node=2 -m m3kernels.bench.parallel_recipes --out FILE.ndjson [--only 3b-none 8b-lora]
 
 All weights of the 3B at tp 1, the 8B at tp 2, the 14B at tp 4; LoRA at 1, 1 and 2; data parallel over the other processes.
 Weights are random and drawn on the GPUs, nothing is saved. Rows are appended to the file by rank 0; of a configuration that
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -44,20 +44,22 @@ from m3kernels.models.ministral3.weights import SINGLE, Checkpoint, expected_sha
 from m3kernels.patching.rules import prepare
 
 WARMUP = 5
+PRECISIONS = ("bf16_mixed", "bf16_stochastic")
 # what needs the most memory comes last: what is left of the processes after an error is not sure to run
 NAMES = ("3b-lora", "8b-lora", "14b-lora", "3b-none", "14b-none", "8b-none")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One of ``NAMES``: a size, and what of it is trained."""
+    """One of ``NAMES``: a size, and what of it is trained; ``precision`` as ``train.precision``."""
 
     size: str
     scheme: str
+    precision: str = PRECISIONS[0]
 
     @classmethod
-    def of(cls, name: str) -> "Recipe":
-        return cls(*name.split("-"))
+    def of(cls, name: str, precision: str = PRECISIONS[0]) -> "Recipe":
+        return cls(*name.split("-"), precision)
 
     @property
     def tp(self) -> int:
@@ -71,6 +73,7 @@ class Recipe:
             pretrained_checkpoint=str(folder / self.size),
             dir=str(folder),
             name=f"{self.size}-{self.scheme}",
+            precision_config=self.precision,
             train_iters=steps,
             eval_interval=0,
             save_interval=0,
@@ -111,7 +114,7 @@ def nothing_on_disk() -> Iterator[None]:
 def run(recipe: Recipe, folder: Path, steps: int) -> dict:
     """A row, the same on every rank but for its own memory."""
     ranks, on_gpu = dist.get_world_size(), torch.cuda.is_available()
-    row = {"kind": "recipe", "size": recipe.size, "scheme": recipe.scheme, "tp": recipe.tp, "steps": steps}
+    row = {"kind": "recipe", **asdict(recipe), "tp": recipe.tp, "steps": steps}
     config = recipe.config(folder, steps)
     if ranks % recipe.tp:
         return row | {"not_run": f"tp {recipe.tp} does not divide {ranks} processes"}
@@ -124,15 +127,17 @@ def run(recipe: Recipe, folder: Path, steps: int) -> dict:
     try:
         with nothing_on_disk():
             ended = finetune(config)
+        # the first rank writes what all read
+        dist.barrier()
     # every rank has as much of everything, and runs out of it at one place
     except (FinetuneError, torch.OutOfMemoryError) as error:
+        print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
         return row | {"not_run": str(error).splitlines()[0]}
     found = [step for step in read_metrics(ended.folder / METRICS) if "loss" in step]
     timed = found[WARMUP:] or found
     speed = statistics.median(step["tokens_per_s"] for step in timed) / ranks
     return row | {
         "dp": ranks // recipe.tp,
-        "precision": config.train.precision,
         "optimizer": config.optimizer.name,
         "ms": 1e3 * statistics.median(step["seconds"] for step in timed),
         "tokens": statistics.median(step["tokens"] for step in timed),
@@ -149,7 +154,7 @@ def run(recipe: Recipe, folder: Path, steps: int) -> dict:
 
 
 def show(row: dict) -> str:
-    name = f"{row['size']:<3} {row['scheme']:<4} tp {row['tp']}"
+    name = f"{row['size']:<3} {row['scheme']:<4} {row['precision']:<15} tp {row['tp']}"
     if "not_run" in row:
         return f"{name}  not run: {row['not_run']}"
     peak = "" if row["peak_gib"] is None else f"peak {row['peak_gib']:5.1f} GiB  "
@@ -164,13 +169,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where rows are appended")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args(argv)
     # the parent is torchrun, of all ranks
     folder = Path(tempfile.gettempdir()) / f"m3kernels-recipes-{os.getppid()}"
     with process_group(5) as process:
         for name in args.only:
-            row = run(Recipe.of(name), folder, args.steps)
+            row = run(Recipe.of(name, args.precision), folder, args.steps)
             gc.collect()
             if process.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -54,17 +54,17 @@ def order_of_a_forward(dp: int) -> list[str]:
     """Which layers are gathered, and which are run, as it happens: "gather 0", "run 0", ..., vision layers with a v."""
     model = parallelize(twin("vlm"), make_mesh(1, dp, device_type="cpu"))
     (batch,) = batches(model, "vlm", 1, dist.get_rank(), dp)
-    original, told, owners = param_group.foreach_all_gather, [], {}
+    original, told = param_group.foreach_all_gather, []
     layers = [(f"v{i}", layer) for i, layer in enumerate(model.model.vision_tower.transformer.layers)]
     layers += [(f"{i}", layer) for i, layer in enumerate(model.model.language_model.layers)]
+    owners = {id(module): name for name, layer in layers for module in layer.modules()}
     for name, layer in layers:
-        owners |= {id(group.fsdp_params): name for group in layer._get_fsdp_state()._fsdp_param_groups}
         # after FSDP2's own hook, which is the layer's
         first = next(child for child in layer.modules() if next(child.children(), None) is None)
         first.register_forward_pre_hook(lambda *_, name=name: told.append(f"run {name}"))
 
     def gathered(fsdp_params, *args, **kwargs):
-        told.append(f"gather {owners.get(id(fsdp_params), 'the rest')}")
+        told.append(f"gather {owners.get(id(fsdp_params[0]._module_info.module), 'the rest')}")
         return original(fsdp_params, *args, **kwargs)
 
     with mock.patch.object(param_group, "foreach_all_gather", gathered):
