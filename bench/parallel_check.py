@@ -51,6 +51,8 @@ RESHARDED = ("none", "dora")
 FP64 = 1e-10
 # beyond twice the spread: one rounding of bf16, where one process is nearer to fp64 by luck
 BF16 = 2.0**-9
+# where a tensor is zeros
+TINY = 1e-30
 WAIT_S = 120.0
 KILLED_LOG = "killed.log"
 
@@ -73,7 +75,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound
+        return math.isfinite(self.error) and self.error <= self.bound
 
     def row(self) -> dict:
         # JSON has no infinity
@@ -100,7 +102,9 @@ class Checks:
 
     def weights_error(self, name: str, wanted: str) -> float:
         found, exact = self.runs.weights(name), self.runs.weights(wanted)
-        return max(float((found[key] - x).abs().max() / x.abs().max()) for key, x in exact.items())
+        # torch's max, which NaN gets through
+        errors = [(found[key] - x).abs().max() / x.abs().max().clamp(min=TINY) for key, x in exact.items()]
+        return float(torch.stack(errors).max())
 
     def numbers(self, scheme: str, where: str, name: str) -> None:
         """Loss and gradient norm of a run's first step in bf16 beside one process's, whose distance from fp64 is the measure."""
@@ -109,11 +113,15 @@ class Checks:
             spread = self.first_error(alone, exact, key)
             note = f"bf16 beside fp64 in one process: {spread:.1e}"
             error = lambda key=key: self.first_error(name, alone, key)  # noqa: E731
-            self.add(f"bf16 {key}, {scheme}", where, name, error, 2 * spread + BF16, note)
+            bound = BF16 + (2 * spread if math.isfinite(spread) else 0)
+            self.add(f"bf16 {key}, {scheme}", where, name, error, bound, note)
 
     def first_error(self, name: str, wanted: str, key: str) -> float:
         """Of the step whose weights are the same; infinite where a run has not all steps."""
-        found, exact = (self.runs.seen(run, key) for run in (name, wanted))
+        try:
+            found, exact = (self.runs.seen(run, key) for run in (name, wanted))
+        except OSError:
+            return math.inf
         if not len(found) == len(exact) == STEPS:
             return math.inf
         return abs(found[0] - exact[0]) / abs(exact[0])
@@ -122,7 +130,7 @@ class Checks:
         why = self.runs.failed.get(name)
         try:
             found = math.inf if why else error()
-        except (OSError, KeyError) as missing:
+        except KeyError as missing:
             # of a run on another rank alone, which said there what it raised
             found, why = math.inf, f"{type(missing).__name__}: {missing}"
         check = Check(what, where, found, bound, self.runs.seconds.get(name, 0.0), why or note)

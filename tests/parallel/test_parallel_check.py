@@ -1,11 +1,14 @@
 """bench.parallel_check, as it runs on GPUs, here over gloo; and that it fails where training is wrong."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import check_jobs
+import torch
 from pool import run
 
 from m3kernels.bench.parallel_check import Checks
@@ -50,3 +53,10 @@ def test_averaged_gradients_and_runs_that_fail_are_seen(tmp_path, capsys):
     assert 1e-8 < wrong.error < 1 and broken.row()["error"] is None and missing.row()["error"] is None
     assert "dataset.seq_length is 1; allowed: from 2" in broken.note and "KeyError" in missing.note
     assert "0 of 3 passed" in capsys.readouterr().out
+    # neither run in bf16 is there, which is no agreement
+    checks.numbers("none", "one process", "never begun")
+    assert [check.passed for check in checks.found[3:]] == [False, False]
+    nan = mock.patch.object(runs, "weights", lambda name: {"a": torch.ones(2), "b": torch.tensor([math.nan, 1.0])})
+    with nan:
+        checks.weights("fp64 weights", "none", "one process", "one")
+    assert not checks.found[-1].passed and checks.found[-1].row()["error"] is None
