@@ -2,16 +2,18 @@
 
 Their weights are laid side by side in one buffer, of which each parameter has its part as a storage of its own: state dicts,
 optimizers, adapters and what saves tensors by their storages (safetensors, accelerate) see what they always saw. Where the
-weights have come apart (a copy, a cast, FSDP's own buffers), each has its product again.
+weights have come apart (a copy, a cast, FSDP's own buffers, shards), each has its product again, and their backward is one.
 """
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from m3kernels.parallel import local
 from m3kernels.patching.classes import has_hooks, is_plain
 
 # by the id of the first parameter, as long as that lives; an attribute of it would be copied and saved along
@@ -58,14 +60,31 @@ def _whole(weights: list[Tensor] | tuple[Tensor, ...]) -> Tensor | None:
 
 def whole_weight(x: Tensor, *layers: nn.Module) -> Tensor | None:
     """One weight for all layers, or None where a call needs each by itself: biases, adapters, hooks, autocast, shards."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if not _are_linear(x, layers) or not all(is_plain(layer.weight) for layer in layers):
         return None
+    return _whole([layer.weight for layer in layers])
+
+
+def _are_linear(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
+    """Whether the layers are nothing but products of x with their weights."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
     for layer in layers:
         if not getattr(layer, "is_plain_linear", False) or layer.bias is not None or has_hooks(layer):
-            return None
-        if not is_plain(layer.weight) or layer.weight.dtype != x.dtype:
-            return None
-    return _whole([layer.weight for layer in layers])
+            return False
+        if layer.weight.dtype != x.dtype:
+            return False
+    return True
+
+
+def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...] | None:
+    """Each layer's product with weights anywhere, this rank's parts of sharded ones; None where a layer is more than that.
+
+    In the backward the products add up the gradient of x themselves, where autograd would add all tokens of it each time.
+    """
+    if len(layers) < 2 or not torch.is_grad_enabled() or not _are_linear(x, layers):
+        return None
+    return _Linears.apply(x, *(local(layer.weight) for layer in layers))
 
 
 class _JointLinear(torch.autograd.Function):
@@ -89,13 +108,38 @@ class _JointLinear(torch.autograd.Function):
             dx = (dy @ whole).view(x.shape) if needs_dx else None
             dws = (dy.t() @ x.flatten(0, -2)).split(ctx.sizes) if needs_dw else [None] * len(ctx.sizes)
             return dx, None, None, *dws
-        dx, dws, rows = None, [], x.flatten(0, -2)
-        for dy, weight, needs in zip(dys, whole.split(ctx.sizes), ctx.needs_input_grad[3:]):
-            dy = dy.flatten(0, -2)
-            if needs_dx:
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-            dws.append(dy.t() @ rows if needs else None)
-        return None if dx is None else dx.view(x.shape), None, None, *dws
+        dx, dws = _gradients(x, dys, whole.split(ctx.sizes), needs_dx, ctx.needs_input_grad[3:])
+        return dx, None, None, *dws
+
+
+class _Linears(torch.autograd.Function):
+    """``x @ weight.T`` of each weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor):
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys: Tensor):
+        x, *weights = ctx.saved_tensors
+        needs_dx, *needs_dws = ctx.needs_input_grad
+        dx, dws = _gradients(x, dys, weights, needs_dx, needs_dws)
+        return dx, *dws
+
+
+def _gradients(
+    x: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor], needs_dx: bool, needs_dws: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Of x, summed over the weights, and of each weight."""
+    dx, dws, rows = None, [], x.flatten(0, -2)
+    for dy, weight, needs in zip(dys, weights, needs_dws):
+        dy = dy.flatten(0, -2)
+        if needs_dx:
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        dws.append(dy.t() @ rows if needs else None)
+    return None if dx is None else dx.view(x.shape), dws
 
 
 def joint_linear(x: Tensor, whole: Tensor, *layers: nn.Linear, split: bool) -> Tensor | tuple[Tensor, ...]:

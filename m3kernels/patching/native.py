@@ -1,5 +1,7 @@
 """Fused forwards of our own Ministral 3 (``m3kernels.models.ministral3``), whole or sharded."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from m3kernels.ops.attention_decode import MAX_NEW_TOKENS
 from m3kernels.parallel import local
 from m3kernels.patching.adapters import project
 from m3kernels.patching.classes import fused_forward, note_fallback, original_forward
-from m3kernels.patching.joint import joint_linear, lay_side_by_side, whole_weight
+from m3kernels.patching.joint import joint_linear, lay_side_by_side, linears, whole_weight
 
 LAYERS, TEXT, VISION = (f"m3kernels.models.ministral3.{part}" for part in ("layers", "text", "vision"))
 ROOT = ("m3kernels.models.ministral3.model", "Ministral3")
@@ -38,7 +40,7 @@ def mlp_forward(self: nn.Module, x_TD: Tensor) -> Tensor:
     if whole is not None:
         gate_up = (joint_linear(x_TD, whole, self.gate_proj, self.up_proj, split=False),)
     else:
-        gate_up = project(self, x_TD, self.gate_proj, self.up_proj)
+        gate_up = _apart(self, x_TD, self.gate_proj, self.up_proj)
     h_TF = forget(swiglu(*gate_up), lambda: swiglu(*gate_up))
     (y_TD,) = project(self, h_TF, self.down_proj)
     return y_TD
@@ -48,6 +50,11 @@ def side_by_side_mlp(mlp: nn.Module) -> None:
     lay_side_by_side(mlp.gate_proj, mlp.up_proj)
 
 
+def _apart(self: nn.Module, x_TD: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """Projections whose weights are no neighbours, or are more than weights."""
+    return linears(x_TD, *layers) or project(self, x_TD, *layers)
+
+
 def _heads(self: nn.Module, x_TD: Tensor) -> list[Tensor]:
     """q, k and v, each (1, heads, T, K) over (T, heads, K) memory, as the ops take them."""
     layers = (self.q_proj, self.k_proj, self.v_proj)
@@ -55,7 +62,7 @@ def _heads(self: nn.Module, x_TD: Tensor) -> list[Tensor]:
     joint = layers[:2] if torch.is_grad_enabled() else layers
     whole = whole_weight(x_TD, *joint)
     if whole is None:
-        ys = project(self, x_TD, *layers)
+        ys = _apart(self, x_TD, *layers)
     else:
         ys = [*joint_linear(x_TD, whole, *joint, split=True), *(layer(x_TD) for layer in layers[len(joint) :])]
     return [y.unflatten(-1, (-1, self.config.head_dim))[None].transpose(1, 2) for y in ys]

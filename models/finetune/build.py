@@ -137,13 +137,19 @@ def build(
     mesh: DeviceMesh,
     device: torch.device,
     progress: bool,
+    *,
+    keep_gathered: bool = False,
 ) -> Built:
-    """The model of :func:`model_on_meta` with its weights, sharded over ``mesh``, and its optimizer."""
+    """The model of :func:`model_on_meta` with its weights, sharded over ``mesh``, and its optimizer.
+
+    ``keep_gathered``: data-parallel ranks have frozen weights whole, and trained ones from forward to backward.
+    """
     if config.model.kernels:
         m3kernels.patch(model)
     stored, computed = DTYPES[config.train.precision]
     sharded = mesh.size() > mesh["tp"].size()
-    parallelize(model, mesh, param_dtype=computed, reduce_dtype=stored)
+    sharding = {"reshard_after_forward": not keep_gathered, "shard_frozen": not keep_gathered}
+    parallelize(model, mesh, param_dtype=computed, reduce_dtype=stored, **sharding)
     load(model, checkpoint, device=device, progress=progress)
     model.source = checkpoint.folder
     if model.adapters is not None:

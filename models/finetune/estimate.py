@@ -1,6 +1,6 @@
 """What a run will need and do, before it does it: parameters trained by part, memory a rank, FLOPs a token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,16 +51,22 @@ def count(model: Ministral3) -> dict[str, Counts]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a rank, estimated: of weights, gradients and optimizer (``states``), activations, and what a step needs besides."""
+    """Bytes a rank, estimated: of weights, gradients and optimizer (``states``), activations, and what a step needs besides.
+
+    Attributes:
+        kept: of weights that data-parallel ranks do not let go of when a layer is done: frozen ones never, trained ones from
+            forward to backward; 0 where they do.
+    """
 
     weights: int
     states: int
     activations: int
     other: int
+    kept: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.states + self.activations + self.other
+        return self.weights + self.states + self.activations + self.other + self.kept
 
 
 def states_bytes(model: Ministral3, config: FinetuneConfig, tp: int, batch_ranks: int) -> tuple[int, int]:
@@ -86,6 +92,8 @@ def choose_recompute(
 ) -> Memory:
     """Sets what layers of text model and vision tower recompute, and says what a rank will need.
 
+    Weights of other data-parallel ranks are kept where nothing has to be recomputed for it.
+
     Args:
         memory: bytes of the GPU; None on a CPU, where ``auto`` recomputes nothing. Where all that is known does not fit,
             everything is recomputed: the estimate takes forwards for full, and all of them for images.
@@ -105,7 +113,25 @@ def choose_recompute(
     set_recompute(model, modes)
     if model.config.vision is not None:
         model.model.vision_tower.recompute = tower
-    return Memory(weights, states, sum(kept[mode] for mode in text.recompute), step + vision[tower])
+    found = Memory(weights, states, sum(kept[mode] for mode in text.recompute), step + vision[tower])
+    of_others = kept_of_others(model, config, tp, batch_ranks)
+    recomputes = set(text.recompute) != {"none"} or tower != "none"
+    if memory is None or recomputes or found.total + of_others > memory * (1 - SPARE):
+        return found
+    return replace(found, kept=of_others)
+
+
+def kept_of_others(model: Ministral3, config: FinetuneConfig, tp: int, batch_ranks: int) -> int:
+    """Bytes of all gathered weights at once, beyond what a rank has of them; what is computed in is no trained one's master."""
+    _, computed = DTYPES[config.train.precision]
+    total = 0.0
+    for name, p in model.named_parameters():
+        part = p.numel() / (tp if row_of(name).dim is not None else 1) * computed.itemsize
+        if p.requires_grad:
+            total += part
+        elif part_of_name(name) == "language_model":
+            total += part * (1 - 1 / batch_ranks)
+    return int(total) if batch_ranks > 1 else 0
 
 
 def _step_bytes(model: Ministral3, tp: int, batch_ranks: int, widest: int, dtype: torch.dtype) -> int:
@@ -177,11 +203,14 @@ def summary(config: FinetuneConfig, model: Ministral3, memory: Memory, ranks: in
     lines.append(f"{'part':<24}{'parameters':>16}{'trained':>16}{'adapters':>14}")
     for part, counts in count(model).items():
         lines.append(f"{part:<24}{counts.total:>16,}{counts.trained:>16,}{counts.adapters:>14,}")
+    if memory.kept:
+        lines.append("weights of other data-parallel ranks: frozen ones kept, trained ones from forward to backward")
     modes = model.model.language_model.recompute
     chosen = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
     lines.append(
         f"memory a rank, estimated: {memory.total / GIB:.2f} GiB = weights {memory.weights / GIB:.2f} + gradients and optimizer "
         f"{memory.states / GIB:.2f} + activations {memory.activations / GIB:.2f} + a step's own {memory.other / GIB:.2f}"
+        + (f" + other ranks' weights {memory.kept / GIB:.2f}" if memory.kept else "")
     )
     if model.config.vision is not None and model.model.vision_tower.recompute == "all":
         chosen += ", all of the vision tower's"

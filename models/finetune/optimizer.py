@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from m3kernels.models.finetune.adamw import FusedAdamW, gradient_norm
 from m3kernels.models.finetune.config import FinetuneError, OptimizerConfig
-from m3kernels.models.ministral3.shards import part_of
+from m3kernels.models.ministral3.shards import become, part_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Trained:
     def take_masters(self) -> None:
         """Parameters become their masters, for what is written after the last step: no more is rounded than must be."""
         for parameter, master in self.copies:
-            parameter.data = master.detach()
+            become(parameter, master.detach())
 
     def fill_gradients(self) -> None:
         """Zeros where a step had no use of a parameter, as the vision tower has none without images.
@@ -78,7 +78,7 @@ def with_masters(
         master = nn.Parameter(parameter.detach())
         if narrow_gradients:
             master.grad_dtype = None
-        parameter.data = parameter.detach().to(dtype)
+        become(parameter, parameter.detach().to(dtype))
         parameter.register_post_accumulate_grad_hook(_adds_to(master))
         masters[name] = master
         copies.append((parameter, master))

@@ -16,7 +16,7 @@ from m3kernels.models.finetune.config import FinetuneConfig, FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
 from m3kernels.models.finetune.data.plan import Plan
 from m3kernels.models.finetune.data.sources import open_source
-from m3kernels.models.finetune.estimate import GIB, choose_recompute, summary
+from m3kernels.models.finetune.estimate import GIB, Memory, choose_recompute, summary
 from m3kernels.models.finetune.process import Process, StopSignals, Watch, process_group
 from m3kernels.models.finetune.progress import Data, Result
 from m3kernels.models.finetune.resolve import Folders, check, folders
@@ -53,7 +53,8 @@ def finetune(config: FinetuneConfig, *, dry_run: bool = False) -> Result | None:
         # the model, and the state of an earlier run; ranks that share layers draw the same dropout
         torch.manual_seed(config.rng.seed + dist.get_rank() // tp)
         mesh = make_mesh(tp=tp, replicate=config.model.replicate, device_type=device.type)
-        built = build(planned.model, config, planned.checkpoint, mesh, device, progress=process.first)
+        options = {"progress": process.first, "keep_gathered": planned.memory.kept > 0}
+        built = build(planned.model, config, planned.checkpoint, mesh, device, **options)
         if built.fused is not None:
             say(built.fused if device.type == "cuda" else "no GPU: plain PyTorch in place of the kernels")
         say(f"optimizer: {config.optimizer.name}, {getattr(built.optimizer, 'backend', 'bitsandbytes')}")
@@ -76,6 +77,7 @@ class Planned:
     checkpoint: Checkpoint
     data: Data
     model: Ministral3
+    memory: Memory
 
 
 def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[[object], None]) -> Planned:
@@ -108,7 +110,7 @@ def plan(config: FinetuneConfig, process: Process, dry_run: bool, say: Callable[
         iters = f"{config.train.train_iters} steps, scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}"
         say(f"note: {iters}: optimizer.lr {config.optimizer.lr} is hardly reached")
     say(f"tokens by {data.encoder.backend}; run folder {where.run}")
-    return Planned(where, checkpoint, data, model)
+    return Planned(where, checkpoint, data, model, memory)
 
 
 def open_data(config: FinetuneConfig, checkpoint: Path, say: Callable[[object], None]) -> Data:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,7 @@ def parallelize(
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    shard_frozen: bool = True,
 ) -> Ministral3:
     """Shards a model in place, on the meta device or with weights that are the same on every rank.
 
@@ -73,6 +75,8 @@ def parallelize(
         param_dtype: what FSDP2 gathers weights in; their own by default.
         reduce_dtype: what FSDP2 sums gradients in; ``param_dtype`` by default.
         reshard_after_forward: whether layers let go of gathered weights between forward and backward.
+        shard_frozen: whether FSDP2 shards frozen weights of the language model, too: without, every data-parallel rank has
+            its tensor-parallel part of them whole, and nothing is sent.
 
     Returns:
         The model. Parameters are DTensors over the whole mesh; frozen vision towers stay whole on every rank.
@@ -96,6 +100,8 @@ def parallelize(
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         # on the mesh that FSDP2's own parameters have: torch's gradient norm takes no two
         kept = keep_magnitudes(model, mesh if mesh["tp"].size() > 1 else batch)
+        if not shard_frozen:
+            kept |= {p for p in model.parameters() if not p.requires_grad}
         options = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
         _fully_shard(model, batch, shards_vision, kept, **options)
     model.layout = Layout(mesh, shards_vision)
@@ -150,12 +156,16 @@ def _fully_shard(model: Ministral3, mesh: DeviceMesh, shards_vision: bool, kept:
     layers = list(model.model.language_model.layers)
     whole = set(kept)
     if shards_vision:
-        layers += model.model.vision_tower.transformer.layers
+        layers = [*model.model.vision_tower.transformer.layers, *layers]
     else:
         whole |= set(vision_parameters(model))
+    layers = [layer for layer in layers if not kept.issuperset(layer.parameters())]
     for layer in layers:
         fully_shard(layer, mesh=mesh, **options, ignored_params=kept)
     fully_shard(model, mesh=mesh, **options, ignored_params=whole)
+    # in the order of the forward: a gather is under way before the host comes to the layer that waits for it
+    for module, following in pairwise((model, *layers)):
+        module.set_modules_to_forward_prefetch([following])
     for module in (*layers, model):
         # gloo has no reduction that divides
         module.set_force_sum_reduction_for_comms(True)

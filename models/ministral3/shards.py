@@ -1,6 +1,7 @@
 """Which part of a parameter lies on this rank."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def part_of(parameter: Tensor) -> Tensor:
@@ -34,6 +35,17 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...] | None:
         begin = min(begins[axis] + each * mesh.get_local_rank(dim), ends[axis])
         begins[axis], ends[axis] = begin, min(begin + each, ends[axis])
     return tuple(slice(a, b) for a, b in zip(begins, ends))
+
+
+def become(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Gives a parameter another tensor, of its shape and placements and of any dtype; who holds the parameter has it, too.
+
+    Setting ``.data`` of a DTensor does that to the outside alone: what lies on this rank stays what it was.
+    """
+    if hasattr(parameter, "to_local"):
+        torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = tensor
 
 
 def fill(parameter: Tensor, whole: Tensor) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import tiny_checkpoint
 import torch
@@ -10,7 +11,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from m3kernels.bench.parallel_runs import keeping
 from m3kernels.cli.demo_model import ModelSize
+from m3kernels.models.finetune import build
 from m3kernels.models.finetune.checkpoint import complete, read_record
 from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.config import FinetuneConfig
@@ -62,6 +65,14 @@ def run(made: FinetuneConfig) -> tuple[list[float], int]:
     """(loss of each step, how many are over); for the pool's ranks too."""
     result = finetune(made)
     return losses(result.folder), result.step
+
+
+def run_keeping(made: FinetuneConfig) -> tuple[list[float], int]:
+    """``run`` as where GPUs have room for the weights of other ranks."""
+    with keeping(True), mock.patch.object(build, "parallelize", wraps=build.parallelize) as seen:
+        found = run(made)
+    assert not (seen.call_args.kwargs["shard_frozen"] or seen.call_args.kwargs["reshard_after_forward"])
+    return found
 
 
 def rows(folder: Path) -> list[dict]:

@@ -50,6 +50,21 @@ def test_what_cannot_fit_recomputes_all_and_says_how_much():
     assert set(model.model.language_model.recompute) == {"all"} and memory.total > H100
 
 
+@pytest.mark.parametrize(
+    "size, peft, tp, ranks, kept",
+    # of the language model: 3.43 billion parameters and 13.5, in bf16
+    [("3b", "lora", 1, 2, 3.2), ("3b", "lora", 1, 8, 5.6), ("14b", "lora", 2, 4, 6.4), ("3b", None, 1, 1, 0.0)],
+)
+def test_ranks_keep_weights_of_others_where_there_is_room(size, peft, tp, ranks, kept):
+    _, memory = planned(size, "vision", peft, tp, ranks)
+    assert memory.kept / GIB == pytest.approx(kept, abs=0.2) and memory.total <= H100
+
+
+def test_ranks_let_go_of_weights_rather_than_recompute():
+    model, memory = planned("8b", "vision", None, 1, 2)
+    assert memory.kept == 0 and "none" not in model.model.language_model.recompute
+
+
 def test_counts_and_flops():
     model, _ = planned("3b", "text", "lora")
     counts = count(model)["language_model"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import masters_jobs
 import pytest
 import runs
 import samples
@@ -136,3 +137,16 @@ def test_the_best_checkpoint_is_kept(checkpoint, tmp_path, data):
     assert best < 16, valid
     assert list(complete(runs.checkpoints(made))) == [best, 16]
     assert runs.record(made)["best"] == {"step": best, "loss": valid[best]}
+
+
+@pytest.mark.parametrize("tp, ranks", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("scheme", ["none", "lora"])
+def test_weights_beside_masters_are_bf16_on_every_rank(checkpoint, tmp_path, data, tp, ranks, scheme):
+    """A shard that stayed fp32 would train as well, in four times the time and twice the memory."""
+    extra = f"model.tensor_model_parallel_size={tp}"
+    made = config(checkpoint, tmp_path, data, "bf16_mixed", 2, scheme=scheme, extra=extra)
+    for found in run(ranks, masters_jobs.dtypes, made):
+        assert found["parameters"] == found["gradients"] == {torch.bfloat16}
+        # for what is exported no more is rounded than must be
+        assert found["masters"] == {torch.float32} and found["written back"] == {True}
+        assert found["exported"] == {torch.float32}

@@ -6,6 +6,7 @@ import pytest
 import runs
 import torch
 from pool import run
+from safetensors.torch import load_file
 
 from m3kernels.models.finetune import run as running
 from m3kernels.models.finetune import step
@@ -42,6 +43,26 @@ def test_every_layout_trains_the_same(checkpoint, tmp_path, alone, scheme, tp, d
     assert len(losses) == 4 and losses == pytest.approx(one, rel=1e-12)
     assert_same(state, one_state, FP64)
     assert one[0] - one[-1] > 0.05
+
+
+@pytest.mark.parametrize("scheme, tp, dp", [("none", 1, 2), ("dora", 2, 2)])
+def test_kept_weights_of_other_ranks_are_the_same_training(checkpoint, tmp_path, alone, scheme, tp, dp):
+    """Evaluated at the end, which leaves weights gathered, and then exported."""
+    layout = f"model.tensor_model_parallel_size={tp} validation.eval_interval=2 validation.max_new_tokens=3"
+    made, exported = runs.config(checkpoint, tmp_path, layout, scheme=scheme), []
+    for name, job in (("let go", runs.run), ("kept", runs.run_keeping)):
+        named = dataclasses.replace(made, name=name)
+        (losses, _), *_ = run(tp * dp, job, named, timeout_s=300)
+        one, one_state = alone(scheme)
+        assert losses == pytest.approx(one, rel=1e-12)
+        assert_same(runs.state(runs.folder_of(named)), one_state, FP64)
+        (file,) = runs.folder_of(named).glob("*/*model.safetensors")
+        exported.append(load_file(file))
+    assert_same(exported[1], exported[0], FP64)
+    said = [
+        [row["valid_loss"] for row in runs.rows(tmp_path / name) if "valid_loss" in row] for name in ("let go", "kept")
+    ]
+    assert len(said[0]) == 2 and said[1] == pytest.approx(said[0], rel=1e-12)
 
 
 @pytest.mark.parametrize(

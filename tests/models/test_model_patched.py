@@ -2,12 +2,14 @@
 
 import copy
 import os
+from collections import Counter
 
 import pytest
 import torch
 from hf_folders import save
 from native import kept, like, seen, trained, twins
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import m3kernels
 from m3kernels.models.ministral3 import Ministral3
@@ -16,6 +18,18 @@ from models import FP32, FP64, VOCAB, assert_same, batch_for, distance, float64_
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.interpreter
+
+
+class Counted(TorchDispatchMode):
+    """Which ops ran inside, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def three(kind: str, device: str = "cpu", **options):
@@ -209,6 +223,30 @@ def test_a_weight_changed_before_the_backward_is_an_error():
         ours.model.language_model.layers[0].mlp.up_proj.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@interpreter
+@pytest.mark.parametrize("kind", ["text", "vlm"])
+def test_weights_that_have_come_apart(kind, device):
+    """Of FSDP2, shards and copies: what autograd adds up for an input of several products, the products do."""
+    _, plain, ours = three(kind, device)
+    for parameter in ours.parameters():
+        parameter.data = parameter.detach().clone()
+    assert not side_by_side(ours)
+    batch = batch_for(plain)
+    with Counted() as apart:
+        got = trained(ours, batch)
+    assert_same(got, trained(plain, batch), FP32)
+    frozen = "k_proj", "gate_proj"
+    for model in (plain, ours):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen))
+        model.zero_grad()
+    assert_same(trained(ours, batch), trained(plain, batch), FP32)
+    # q with k and v, gate with up
+    layers = [*ours.model.language_model.layers]
+    layers += ours.model.vision_tower.transformer.layers if kind == "vlm" else []
+    assert apart.calls["addmm_"] == 3 * len(layers)
 
 
 @interpreter
