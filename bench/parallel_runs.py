@@ -163,11 +163,20 @@ class Runs:
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """A group of this process alone, while torchrun's is not wanted."""
+    """A group of this process alone, while torchrun's is not wanted.
+
+    Not bound to its GPU: after such a group, NCCL of torch 2.11 dies where the next one makes a mesh (SIGSEGV).
+    """
     with mock.patch.dict(os.environ):
         os.environ.pop("RANK", None)
-        with process_group(2):
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
             yield
+        finally:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -229,13 +229,24 @@ def _load_beside(d_x, s_x, ready, count, tile, row_tiles):
 
 
 @gluon.jit
-def _add_beside(acc, x, p_u, u_stride, o_m, m_m, part, RANK: gl.constexpr, SPLIT: gl.constexpr, right: gl.constexpr):
-    """``acc + x^T u``; hi and lo of u add up in the same sum."""
+def _u_of(p_u, u_stride, tile, row_tiles, rows, part, RANK: gl.constexpr, SPLIT: gl.constexpr, right: gl.constexpr):
+    """(hi, lo) of one layer's u beside a tile of x; lo is hi where there is none."""
+    o_m = tile % row_tiles * BESIDE_ROWS + gl.arange(0, BESIDE_ROWS, gl.SliceLayout(1, right))
     o_r = gl.arange(0, RANK, gl.SliceLayout(0, right))
-    o_u = o_m.to(gl.int64)[:, None] * u_stride + o_r[None, :]
-    acc = mma_v2(x, gl.load(p_u + o_u, mask=m_m[:, None] & (o_r >= 0)[None, :], other=0.0), acc)
+    p_u += o_m.to(gl.int64)[:, None] * u_stride + o_r[None, :]
+    mask = (o_m < rows)[:, None] & (o_r >= 0)[None, :]
+    hi = gl.load(p_u, mask=mask, other=0.0)
+    lo = hi
     if SPLIT:
-        acc = mma_v2(x, gl.load(p_u + part + o_u, mask=m_m[:, None] & (o_r >= 0)[None, :], other=0.0), acc)
+        lo = gl.load(p_u + part, mask=mask, other=0.0)
+    return hi, lo
+
+
+@gluon.jit
+def _add_beside(acc, x, hi, lo, SPLIT: gl.constexpr):
+    acc = mma_v2(x, hi, acc)
+    if SPLIT:
+        acc = mma_v2(x, lo, acc)
     return acc
 
 
@@ -249,9 +260,10 @@ def _beside(d_x, p_u, p_sums, s_x, ready, tiles, row_tiles, each, rows, padded, 
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [2, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    o_k, o_n = gl.arange(0, BESIDE_ROWS, gl.SliceLayout(1, right)), gl.arange(0, BESIDE_COLS, gl.SliceLayout(1, layout))
+    o_n = gl.arange(0, BESIDE_COLS, gl.SliceLayout(1, layout))
     o_sum = o_n[:, None] * RANK + gl.arange(0, RANK, gl.SliceLayout(0, layout))[None, :]
     size: gl.constexpr = BESIDE_COLS * RANK
+    stride = COUNT * padded
     first = gl.program_id(0) * each
     end = gl.minimum(first + each, tiles)
     gdc_wait()
@@ -260,22 +272,30 @@ def _beside(d_x, p_u, p_sums, s_x, ready, tiles, row_tiles, each, rows, padded, 
             _load_beside(d_x, s_x, ready, i, first + i, row_tiles)
     acc1 = gl.zeros([BESIDE_COLS, RANK], gl.float32, layout)
     acc2, acc3 = acc1, acc1
+    hi1, lo1 = _u_of(p_u, stride, first, row_tiles, rows, RANK, RANK, SPLIT, right)
+    hi2, lo2, hi3, lo3 = hi1, lo1, hi1, lo1
+    if COUNT > 1:
+        hi2, lo2 = _u_of(p_u + padded, stride, first, row_tiles, rows, RANK, RANK, SPLIT, right)
+    if COUNT > 2:
+        hi3, lo3 = _u_of(p_u + 2 * padded, stride, first, row_tiles, rows, RANK, RANK, SPLIT, right)
     for tile in range(first, end):
         count, block = tile - first, tile // row_tiles
         slot = count % BESIDE_STAGES
-        o_m = (tile - block * row_tiles) * BESIDE_ROWS + o_k
         mbarrier.wait(ready.index(slot), count // BESIDE_STAGES & 1)
         x = s_x.index(slot).permute((1, 0)).load(left)
         # both warps have read the tile before this one
         gl.thread_barrier()
         if tile + BESIDE_STAGES - 1 < end:
             _load_beside(d_x, s_x, ready, count + BESIDE_STAGES - 1, tile + BESIDE_STAGES - 1, row_tiles)
-        m_m, stride = o_m < rows, COUNT * padded
-        acc1 = _add_beside(acc1, x, p_u, stride, o_m, m_m, RANK, RANK, SPLIT, right)
+        acc1 = _add_beside(acc1, x, hi1, lo1, SPLIT)
+        # the next tile's, whose latency would else be paid in every step
+        hi1, lo1 = _u_of(p_u, stride, tile + 1, row_tiles, rows, RANK, RANK, SPLIT, right)
         if COUNT > 1:
-            acc2 = _add_beside(acc2, x, p_u + padded, stride, o_m, m_m, RANK, RANK, SPLIT, right)
+            acc2 = _add_beside(acc2, x, hi2, lo2, SPLIT)
+            hi2, lo2 = _u_of(p_u + padded, stride, tile + 1, row_tiles, rows, RANK, RANK, SPLIT, right)
         if COUNT > 2:
-            acc3 = _add_beside(acc3, x, p_u + 2 * padded, stride, o_m, m_m, RANK, RANK, SPLIT, right)
+            acc3 = _add_beside(acc3, x, hi3, lo3, SPLIT)
+            hi3, lo3 = _u_of(p_u + 2 * padded, stride, tile + 1, row_tiles, rows, RANK, RANK, SPLIT, right)
         if (tile + 1 == end) | ((tile + 1) // row_tiles != block):
             p_own = p_sums + (gl.program_id(0) + block).to(gl.int64) * (size * COUNT)
             gl.store(p_own + o_sum, acc1)

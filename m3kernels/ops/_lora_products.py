@@ -10,7 +10,7 @@ from m3kernels.ops._common import overlap_meta
 from m3kernels.ops._lora_launch import Layout
 
 # dA is made beside the product at these ranks, up to so many rows of all layers
-RANKS, MOST_BESIDE = (16, 32, 64), 64
+RANKS, MOST_BESIDE = (16, 32), 48
 
 
 @cache
