@@ -1,8 +1,7 @@
 """The skinny products of low-rank adapters: two passes over the large operands.
 
     shrink   t_j = drop_j(x) A_j^T, or du_j = s_j (k_j dy_j) B_j        a block of rows and all columns in a program
-    outer    dB_j = s_j k_j dy_j^T t_j,  dA_j = du_j^T drop_j(x),       a block of columns and a share of rows in a program
-             and for DoRA sum(dy_j * y_j)
+    outer    dB_j = s_j k_j dy_j^T t_j,  dA_j = du_j^T drop_j(x)        a block of columns and a share of rows in a program
     expand   dx (+)= drop_j'(du_j A_j)                                  where dropout keeps it out of the product
 
 fp32 adapters beside 16-bit activations are taken as two 16-bit numbers, hi + lo (SPLIT), which is exact to 2^-16 (in fp16 as far
@@ -252,31 +251,26 @@ def lora_shrink_kernel(
 
 @triton.jit
 def _outer_one(
-    p_y, y_stride, p_out, out_stride, p_t, t_stride, part, p_seed, dropout, first, end, cols, rank, o_n, first_rank,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, WITH_OUT: tl.constexpr,
-    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    p_y, y_stride, p_t, t_stride, part, p_seed, dropout, first, end, cols, rank, o_n, first_rank,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, DROPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(columns of y, rank): y^T t over rows ``first`` to ``end``; with WITH_OUT also sum(y * out) of each column."""
+    """(columns of y, rank): y^T t over rows ``first`` to ``end``."""
     o_b, o_r = tl.arange(0, BLOCK_M), first_rank + tl.arange(0, RANK)
     m_n, m_r = o_n < cols, o_r < rank
-    o_b64 = o_b.to(tl.int64)[:, None]
-    o_y, o_out, o_t = o_b64 * y_stride, o_b64 * out_stride, o_b64 * t_stride
-    b_sum, b_both = tl.zeros([BLOCK_N, RANK], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    o_y, o_t = o_b.to(tl.int64)[:, None] * y_stride, o_b.to(tl.int64)[:, None] * t_stride
+    b_sum = tl.zeros([BLOCK_N, RANK], tl.float32)
     for m in range(first, end, BLOCK_M):
         m_m, at = m + o_b < end, tl.cast(m, tl.int64)
-        mask, m_t = m_m[:, None] & m_n[None, :], m_m[:, None] & m_r[None, :]
-        b_y = tl.load(p_y + at * y_stride + (o_y + o_n[None, :]), mask=mask, other=0.0)
-        if WITH_OUT:
-            b_out = tl.load(p_out + at * out_stride + (o_out + o_n[None, :]), mask=mask, other=0.0)
-            # by elements: a sum over rows in every step would make the warps wait for each other
-            b_both += b_y.to(tl.float32) * b_out.to(tl.float32)
+        m_t = m_m[:, None] & m_r[None, :]
+        b_y = tl.load(p_y + at * y_stride + (o_y + o_n[None, :]), mask=m_m[:, None] & m_n[None, :], other=0.0)
         if DROPS:
             b_y = _keep(b_y, p_seed, m + o_b, o_n, dropout)
         p_row = p_t + at * t_stride + (o_t + o_r[None, :])
         b_sum = add_product(b_sum, tl.trans(b_y), tl.load(p_row, mask=m_t, other=0.0), PRECISION)
         if SPLIT:
             b_sum = add_product(b_sum, tl.trans(b_y), tl.load(p_row + part, mask=m_t, other=0.0), PRECISION)
-    return b_sum, tl.sum(b_both, axis=0)
+    return b_sum
 
 
 @triton.jit
@@ -326,13 +320,13 @@ def _add_up(p_slab, o_sum, slab_stride, shares):
 
 @triton.jit(do_not_specialize=["rows", "rows_each", "shares", "t_each"])
 def lora_outer_kernel(
-    p_y1, p_y2, p_y3, p_out1, p_out2, p_out3, p_x, p_t, p_u, p_db, p_da, p_dm, p_slabs, p_arrived, p_scale, p_norm, p_seed,
-    n1, n2, n3, width, x_stride, out_stride1, out_stride2, out_stride3, rows, rows_each, rank, t_stride, t_each, u_stride,
-    u_each, part, s1, s2, s3, dropout, y_blocks, shares,
+    p_y1, p_y2, p_y3, p_x, p_t, p_u, p_db, p_da, p_slabs, p_arrived, p_scale, p_seed,
+    n1, n2, n3, width, x_stride, rows, rows_each, rank, t_stride, t_each, u_stride, u_each, part, s1, s2, s3, dropout, y_blocks,
+    shares,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
-    SCALED: tl.constexpr, OF_Z: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, WITH_Y: tl.constexpr,
+    SCALED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, WITH_Y: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """dB of all (N of all, rank) and dA (count, rank, width); for DoRA (SCALED) dm of all, from y (or from z, OF_Z).
+    """dB of all (N of all, rank), times a scale of each row where SCALED, and dA (count, rank, width).
 
     A program takes a block of columns, of a gradient y_j (rows n_j wide) in the first ``y_blocks``, else of x, and a share of the
     rows. The last of its shares to come adds them up. ``part``: columns from hi to lo in t and u.
@@ -342,7 +336,7 @@ def lora_outer_kernel(
     end = tl.minimum(first + rows_each, rows)
     o_b, o_r = tl.arange(0, BLOCK_N), first_rank + tl.arange(0, RANK)
     o_sum = o_b[:, None] * RANK + tl.arange(0, RANK)[None, :]
-    slab: tl.constexpr = BLOCK_N * (RANK * COUNT + 1)
+    slab: tl.constexpr = BLOCK_N * RANK * COUNT
     place = tl.program_id(2) * tl.num_programs(0) + block
     p_slab = p_slabs + (place * shares).to(tl.int64) * slab
     p_own, p_arrived = p_slab + share * slab, p_arrived + place
@@ -351,26 +345,18 @@ def lora_outer_kernel(
         which = (block >= blocks1).to(tl.int32) + (block >= blocks2)
         o_n = (block - _one_of(which, 0, blocks1, blocks2)) * BLOCK_N + o_b
         cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)
-        m_n = o_n < cols
-        b_db, b_dm = _outer_one(
-            _pointer_of(which, p_y1, p_y2, p_y3), cols, _pointer_of(which, p_out1, p_out2, p_out3),
-            _one_of(which, out_stride1, out_stride2, out_stride3), p_t + which.to(tl.int64) * t_each, t_stride, part, p_seed,
-            dropout, first, end, cols, rank, o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, SCALED, False, PRECISION,
+        b_db = _outer_one(
+            _pointer_of(which, p_y1, p_y2, p_y3), cols, p_t + which.to(tl.int64) * t_each, t_stride, part, p_seed, dropout,
+            first, end, cols, rank, o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, False, PRECISION,
         )  # fmt: skip
         tl.store(p_own + o_sum, b_db)
-        if SCALED:
-            tl.store(p_own + BLOCK_N * RANK + o_b, b_dm)
         if _arrive_last(p_arrived, shares):
-            factor = _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
-            db = _add_up(p_slab, o_sum, slab, shares) * factor
+            db = _add_up(p_slab, o_sum, slab, shares)
+            db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
             if SCALED:
-                scale = tl.load(p_scale + before + o_n, mask=m_n, other=1.0)
-                norm = tl.load(p_norm + before + o_n, mask=m_n, other=1.0)
-                dm = _add_up(p_slab, BLOCK_N * RANK + o_b, slab, shares) / (norm if OF_Z else norm * scale)
-                tl.store(p_dm + before + o_n, dm, mask=m_n & (first_rank == 0))
-                db *= scale[:, None]
+                db *= tl.load(p_scale + before + o_n, mask=o_n < cols, other=1.0)[:, None]
             o_db = (before + o_n).to(tl.int64)[:, None] * rank + o_r[None, :]
-            tl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=m_n[:, None] & (o_r < rank)[None, :])
+            tl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=(o_n < cols)[:, None] & (o_r < rank)[None, :])
     else:
         o_n = (block - y_blocks) * BLOCK_N + o_b
         if COUNT > 1 and not DROPS:
@@ -384,9 +370,9 @@ def lora_outer_kernel(
                 tl.store(p_own + 2 * BLOCK_N * RANK + o_sum, b_3)
         else:
             for j in tl.static_range(COUNT):
-                b_da, _ = _outer_one(
-                    p_x, x_stride, p_x, x_stride, p_u + j * u_each, u_stride, part, p_seed + j, dropout, first, end, width,
-                    rank, o_n, first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, False, DROPS, PRECISION,
+                b_da = _outer_one(
+                    p_x, x_stride, p_u + j * u_each, u_stride, part, p_seed + j, dropout, first, end, width, rank, o_n,
+                    first_rank, BLOCK_M, BLOCK_N, RANK, SPLIT, DROPS, PRECISION,
                 )  # fmt: skip
                 tl.store(p_own + j * BLOCK_N * RANK + o_sum, b_da)
         if _arrive_last(p_arrived, shares):
@@ -395,6 +381,9 @@ def lora_outer_kernel(
             for j in tl.static_range(COUNT):
                 da = _add_up(p_slab, j * BLOCK_N * RANK + o_sum, slab, shares) / (1.0 - dropout)
                 tl.store(p_da + tl.cast(j * rank, tl.int64) * width + o_da, da.to(p_da.dtype.element_ty), mask=mask)
+    if OVERLAP:
+        # du was there before the product let this begin; what follows may not begin before the product has ended
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -415,12 +404,13 @@ def _sum_of_parts(
 
 @triton.jit(do_not_specialize=["rows", "row_tiles", "each"])
 def lora_sum_kernel(
-    p_part_du, p_part_db, p_a1, p_a2, p_a3, p_du, p_db, p_parts, p_arrived,
+    p_part_du, p_part_db, p_a1, p_a2, p_a3, p_scale, p_du, p_db, p_parts, p_arrived,
     s1, s2, s3, n1, n2, n3, second, third, blocks, rows, row_tiles, each, length, base2, base3, du_stride, padded, arrivals,
     parts_programs, du_programs,
-    COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
+    COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """What the pass over dy left: du of each projection as [hi | lo | hi], db, and A as parts [hi ; hi ; lo]."""
+    """What the pass over dy left: du of each projection as [hi | lo | hi], db (times a scale of each row where SCALED), A as parts."""
     if OVERLAP:
         # the product needs none of this before the end of its first tile
         tl.extra.cuda.gdc_launch_dependents()
@@ -451,21 +441,12 @@ def lora_sum_kernel(
         first, last = block * row_tiles // each, ((block + 1) * row_tiles - 1) // each
         b_db = _sum_of_parts(p_part_db, COLS * RANK, first + block, last + block + 1, o_b, o_b >= 0, ROWS, RANK, 4)
         b_db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
-        o_db = (_one_of(which, 0, n1, n1 + n2) + o_n).to(tl.int64)[:, None] * RANK + o_r[None, :]
-        tl.store(p_db + o_db, b_db.to(p_db.dtype.element_ty), mask=(o_n < _one_of(which, n1, n2, n3))[:, None])
-
-
-@triton.jit(do_not_specialize=["row_tiles", "each"])
-def lora_da_kernel(p_parts, p_da, width, row_tiles, each, COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr):
-    """dA (count, rank, width), the sum of parts (parts, count, COLS, rank): part c + block is of program c."""
-    block, which = tl.program_id(0), tl.program_id(1)
-    o_n, o_r = tl.arange(0, COLS), tl.arange(0, RANK)
-    first, last = block * row_tiles // each, ((block + 1) * row_tiles - 1) // each
-    p_parts += which * COLS * RANK
-    b_da = _sum_of_parts(p_parts, COLS * RANK * COUNT, first + block, last + block + 1, o_n, o_n >= 0, COLS, RANK, 2)
-    col = block * COLS + o_n
-    o_da = (which * RANK + o_r).to(tl.int64)[None, :] * width + col[:, None]
-    tl.store(p_da + o_da, b_da.to(p_da.dtype.element_ty), mask=(col < width)[:, None])
+        row, m_n = _one_of(which, 0, n1, n1 + n2) + o_n, o_n < _one_of(which, n1, n2, n3)
+        if SCALED:
+            b_db *= tl.load(p_scale + row, mask=m_n, other=1.0)[:, None]
+        tl.store(
+            p_db + row.to(tl.int64)[:, None] * RANK + o_r[None, :], b_db.to(p_db.dtype.element_ty), mask=m_n[:, None]
+        )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -508,11 +489,26 @@ def lora_expand_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def dora_scale_rows_kernel(p_dy, p_scale, p_dz, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dz = scale * dy where the product cannot do that itself."""
-    o_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask, o = (o_m < rows)[:, None] & (o_n < cols)[None, :], o_m[:, None] * cols + o_n[None, :]
-    scale = tl.load(p_scale + o_n, mask=o_n < cols, other=1.0)
-    dy = tl.load(p_dy + o, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_dz + o, (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
+def dora_grad_kernel(
+    p_dy, p_y, p_scale, p_dz, p_sum, dy_stride, y_stride, rows, cols, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """dz = scale * dy, and for each share of rows sum(dy * y).
+
+    By the product on its way to the tensor cores, dy took a quarter of the product's time (docs/adapters.md).
+    """
+    block, share = tl.program_id(0), tl.program_id(1)
+    o_n, o_b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    m_n = o_n < cols
+    scale = tl.load(p_scale + o_n, mask=m_n, other=1.0)
+    # by elements: a sum over rows in every step would make the warps wait for each other
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    first = share * rows_each
+    end = tl.minimum(first + rows_each, rows)
+    for m in range(first, end, BLOCK_M):
+        o_m = (m + o_b).to(tl.int64)[:, None]
+        mask = (m + o_b < end)[:, None] & m_n[None, :]
+        dy = tl.load(p_dy + o_m * dy_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(p_y + o_m * y_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += dy * y
+        tl.store(p_dz + o_m * cols + o_n[None, :], (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
+    tl.store(p_sum + share.to(tl.int64) * cols + o_n, tl.sum(total, axis=0), mask=m_n)

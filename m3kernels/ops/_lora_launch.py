@@ -13,8 +13,7 @@ from torch import Tensor
 from m3kernels.ops._common import cdiv, launch, next_power_of_2, overlap_meta, sm_count
 from m3kernels.ops._lora_kernels import (
     PARTS_BLOCK,
-    dora_scale_rows_kernel,
-    lora_da_kernel,
+    dora_grad_kernel,
     lora_expand_kernel,
     lora_outer_kernel,
     lora_parts_kernel,
@@ -38,14 +37,14 @@ class SkinnyConfig:
 
 
 # by columns of small matrices that one tile of x meets
-SHRINK = {16: SkinnyConfig(32, 256, 4, 5), 64: SkinnyConfig(32, 128, 4, 5)}
+SHRINK = {16: SkinnyConfig(32, 128, 4, 4), 96: SkinnyConfig(32, 64, 4, 3)}
 OUTER = {16: SkinnyConfig(64, 128, 4, 3), 96: SkinnyConfig(64, 64, 4, 3)}
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
 # programs of the outer pass for each multiprocessor
 OUTER_PROGRAMS = 4
 # columns of A^T or B in one program; cuBLAS takes larger ranks
-MOST_AT_ONCE = 64
+MOST_AT_ONCE = 32
 
 
 class Layout(NamedTuple):
@@ -132,13 +131,12 @@ def shrink_form(
 
 
 def outer_form(layout: Layout, scaled: bool, dropout: float, dtype: torch.dtype) -> tuple[SkinnyConfig, dict]:
-    """The same of a pass that makes dA, dB and, ``scaled``, DoRA's dm."""
-    columns = min(MOST_AT_ONCE if layout.count == 1 else 32, columns_of(layout.rank))
+    """The same of a pass that makes dA and dB."""
+    columns = min(MOST_AT_ONCE, columns_of(layout.rank))
     full = precision(dtype) == "ieee"
     config = WIDE if full or dropout else config_for(OUTER, columns * layout.count)
     return config, {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": columns, "COUNT": layout.count} | {
-        "SPLIT": layout.split, "SCALED": scaled, "OF_Z": dtype == torch.float16, "DROPS": dropout > 0,
-        "PRECISION": precision(dtype),
+        "SPLIT": layout.split, "SCALED": scaled, "DROPS": dropout > 0, "PRECISION": precision(dtype),
     }  # fmt: skip
 
 
@@ -307,7 +305,7 @@ def put_parts(out: Tensor, x: Tensor, small: Tensor, layout: Layout) -> None:
 @lru_cache(KEPT)
 def _sum(
     layout: Layout, rows: int, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], row_tiles: int, each: int,
-    cols: int, arrivals: int, device, *_,
+    cols: int, arrivals: int, scaled: bool, device, *_,
 ) -> Prepared:  # fmt: skip
     rank, count, padded = layout.rank, layout.count, layout.padded
     first = [0]
@@ -333,13 +331,15 @@ def _sum(
             length,
         )
         + (*bases, count * padded, padded, arrivals, parts_programs, du_programs),
-        {"COLS": cols, "RANK": rank, "COUNT": count, "SPLIT": layout.split, "OVERLAP": overlap_meta(device)["OVERLAP"]},
+        {"COLS": cols, "RANK": rank, "COUNT": count, "SPLIT": layout.split, "SCALED": scaled}
+        | {"OVERLAP": overlap_meta(device)["OVERLAP"]},
     )
 
 
 def add_parts(
     part_du: Tensor, part_db: Tensor, many_a: list[Tensor], db: Tensor, ns: list[int], rows: int, layout: Layout,
-    scalings: list[float], row_tiles: int, each: int, cols: int, arrived: Tensor, dtype: torch.dtype,
+    scalings: list[float], row_tiles: int, each: int, cols: int, arrived: Tensor,
+    scale: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(du, a) as :func:`make_du`, of what one pass over dy left; writes db."""
     many_a = [a.contiguous() for a in many_a]
@@ -347,10 +347,10 @@ def add_parts(
     du = torch.empty((rows, layout.count * layout.padded), dtype=dtype, device=device)
     a = torch.empty((layout.count * layout.padded, width), dtype=dtype, device=device)
     run = _sum(
-        layout, rows, tuple(ns), width, tuple(scalings), row_tiles, each, cols, arrived.numel(), device, dtype,
+        layout, rows, tuple(ns), width, tuple(scalings), row_tiles, each, cols, arrived.numel(), scale is not None, device, dtype,
         many_a[0].dtype,
     )  # fmt: skip
-    run(part_du, part_db, *three(many_a), du, db, a, arrived)
+    run(part_du, part_db, *three(many_a), part_du if scale is None else scale, du, db, a, arrived)
     return du, a
 
 
@@ -364,10 +364,9 @@ class Summing(NamedTuple):
 
 @lru_cache(KEPT)
 def _outer(
-    layout: Layout, rows: int, ns: tuple[int, ...], width: int, strides: tuple[int, ...], scalings: tuple[float, ...],
-    scaled: bool, dropout: float, device, dtype, *_,
+    layout: Layout, rows: int, ns: tuple[int, ...], width: int, x_stride: int, scalings: tuple[float, ...],
+    scaled: bool, dropout: float, overlaps: bool, device, dtype, *_,
 ) -> Summing:  # fmt: skip
-    """``strides``: of x, and of the outputs that DoRA's dm is taken from."""
     rank, count, padded = layout.rank, layout.count, layout.padded
     config, form = outer_form(layout, scaled, dropout, dtype)
     y_blocks = sum(cdiv(n, config.cols) for n in ns)
@@ -383,8 +382,7 @@ def _outer(
         (
             *fill(ns, 0),
             width,
-            strides[0],
-            *fill(strides[1:], 0),
+            x_stride,
             rows,
             each,
             rank,
@@ -393,26 +391,27 @@ def _outer(
             count * padded,
         )
         + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares),
-        form | {"WITH_Y": bool(ns)} | _options(config),
+        form
+        | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
+        | _options(config)
+        | ({"launch_pdl": True} if overlaps else {}),
     )
-    return Summing(run, blocks * groups * shares * config.cols * (form["RANK"] * count + 1), blocks * groups)
+    return Summing(run, blocks * groups * shares * config.cols * form["RANK"] * count, blocks * groups)
 
 
 class Sums(NamedTuple):
-    """Gradients of the adapters: dA (count, R, K), dB (N of all, R), DoRA's dm (N of all,) in fp32; empty where not needed."""
+    """Gradients of the adapters: dA (count, R, K), dB (N of all, R); empty where not needed.
+
+    Made before the product is launched: what runs beside it may write no memory that anything before it still reads.
+    """
 
     da: Tensor
     db: Tensor
-    dm: Tensor
 
     @classmethod
-    def like(cls, x: Tensor, n: int, layout: Layout, adapter: Tensor, needed: bool, dora: bool) -> "Sums":
-        n = n if needed else 0
-        return cls(
-            adapter.new_empty((layout.count, layout.rank, x.shape[1]) if needed else 0),
-            adapter.new_empty((n, layout.rank) if needed else 0),
-            x.new_empty(n if dora else 0, dtype=torch.float32),
-        )
+    def like(cls, x: Tensor, n: int, layout: Layout, adapter: Tensor, needed: bool) -> "Sums":
+        da = adapter.new_empty((layout.count, layout.rank, x.shape[1]) if needed else 0)
+        return cls(da, adapter.new_empty((n, layout.rank) if needed else 0))
 
 
 class Adding(NamedTuple):
@@ -424,15 +423,14 @@ class Adding(NamedTuple):
 
     @classmethod
     def of(
-        cls, x: Tensor, ns: list[int], outs: list[Tensor], layout: Layout, scalings: list[float], scaled: bool,
-        dropout: float, dtype: torch.dtype,
+        cls, x: Tensor, ns: list[int], layout: Layout, scalings: list[float], scaled: bool, dropout: float,
+        overlaps: bool, dtype: torch.dtype,
     ) -> "Adding":  # fmt: skip
-        """Without ``ns``, dA alone. ``dtype``: of the sums."""
+        """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums."""
         if by_cublas(layout, dropout, x.device, x.dtype):
             return cls(None, x, None)
-        strides = (x.stride(0), *(out.stride(0) for out in outs))
         run, slabs, arrivals = _outer(
-            layout, x.shape[0], tuple(ns), x.shape[1], strides, tuple(scalings), scaled, dropout, x.device,
+            layout, x.shape[0], tuple(ns), x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps, x.device,
             x.dtype, dtype,
         )  # fmt: skip
         return cls(run, x.new_empty(slabs, dtype=torch.float32), x.new_empty(arrivals, dtype=torch.int32))
@@ -440,38 +438,18 @@ class Adding(NamedTuple):
 
 def adapter_gradients(
     adding: Adding, sums: Sums, dys: list[Tensor], x: Tensor, t: Tensor, du: Tensor, layout: Layout, scalings: list[float],
-    outs: list[Tensor], scales: Tensor | None, norms: Tensor | None, seeds: Tensor | None,
+    scales: Tensor | None, seeds: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes ``sums``; dm from y, in fp16 from z."""
+    """Writes ``sums``; without ``dys`` dA alone."""
     if adding.run is None:
-        _sums_by_cublas(sums, dys, x, t, du, layout, scalings, outs, scales, norms)
+        _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales)
         return
     unused = sums.db
     none = lambda option: unused if option is None else option
-    adding.run(
-        *three(dys), *three(outs or dys), x, t, du, sums.db, sums.da, sums.dm if sums.dm.numel() else unused, adding.slabs,
-        adding.arrived, none(scales), none(norms), none(seeds),
-    )  # fmt: skip
+    adding.run(*three(dys or [x]), x, t, du, sums.db, sums.da, adding.slabs, adding.arrived, none(scales), none(seeds))
 
 
-@lru_cache(KEPT)
-def _da(layout: Layout, width: int, row_tiles: int, each: int, cols: int, device, *_) -> Prepared:
-    return Prepared(
-        "lora_linear backward (dA)",
-        lora_da_kernel,
-        device,
-        (cdiv(width, cols), layout.count),
-        (width, row_tiles, each),
-        {"COLS": cols, "RANK": layout.rank, "COUNT": layout.count},
-    )
-
-
-def add_da(parts: Tensor, da: Tensor, layout: Layout, row_tiles: int, each: int, cols: int) -> None:
-    """Writes dA (count, R, K), the sum of what was made beside the product."""
-    _da(layout, da.shape[2], row_tiles, each, cols, da.device, da.dtype)(parts, da)
-
-
-def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, outs, scales, norms) -> None:
+def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales) -> None:
     rank, ns = layout.rank, [dy.shape[1] for dy in dys]
     parts = slice(0, 2 * rank if layout.split else rank)
     both = lambda found: found[:, :rank] + found[:, rank:] if layout.split else found
@@ -484,9 +462,6 @@ def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, outs, scales, norms) 
     sums.da.copy_(da + found.as_strided(size, strides, rank * width) if layout.split else da)
     if scales is not None:
         sums.db.mul_(scales[:, None])
-        for dm, dy, out in zip(sums.dm.split(ns), dys, outs):
-            dm.copy_((dy.float() * out.float()).sum(0))
-        sums.dm.div_(norms if x.dtype == torch.float16 else norms * scales)
 
 
 def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: Tensor) -> None:
@@ -502,12 +477,18 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
     )
 
 
-def scaled_rows(dy: Tensor, scale: Tensor) -> Tensor:
-    """dz = scale * dy, (M, N) times (N,)."""
+@lru_cache(KEPT)
+def _dora_grads(rows: int, cols: int, strides: tuple[int, int], device, dtype) -> Prepared:
+    blocks = cdiv(cols, 256)
+    each = cdiv(cdiv(rows, max(1, 4 * sm_count(device) // blocks)), 16) * 16
+    grid, numbers = (blocks, cdiv(rows, each)), (*strides, rows, cols, each)
+    return Prepared("dora_linear backward", dora_grad_kernel, device, grid, numbers, {"BLOCK_M": 16, "BLOCK_N": 256})
+
+
+def dora_grads(dy: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(dz = scale * dy, the sum over rows of dy * out in fp32)."""
     rows, cols = dy.shape
-    dz = torch.empty_like(dy)
-    launch(
-        "dora_linear backward", dora_scale_rows_kernel, (cdiv(cols, 256), cdiv(rows, 16)),
-        *(dy, scale, dz, rows, cols), BLOCK_M=16, BLOCK_N=256,
-    )  # fmt: skip
-    return dz
+    run = _dora_grads(rows, cols, (dy.stride(0), out.stride(0)), dy.device, dy.dtype)
+    dz, parts = dy.new_empty((rows, cols)), dy.new_empty((run.grid[1], cols), dtype=torch.float32)
+    run(dy, out, scale, dz, parts)
+    return dz, parts.sum(0)

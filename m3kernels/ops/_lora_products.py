@@ -9,9 +9,6 @@ from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import overlap_meta
 from m3kernels.ops._lora_launch import Layout
 
-# dA is made beside the product at these ranks, up to so many rows of all layers
-RANKS, MOST_BESIDE = (16, 32), 48
-
 
 @cache
 def _hopper(device: torch.device):
@@ -66,7 +63,7 @@ def project(
         overlaps = _overlaps(x, layout, dropout)
         found = kernel.linear_low_rank([x], weights, t, low, layout, False, scale, sizes, overlaps)
         if found is not None:
-            return found.outs
+            return found
     found, row = [], 0
     for j, (w, size) in enumerate(zip(weights, sizes)):
         n, y = w.shape[0], x.new_empty(size)
@@ -80,11 +77,18 @@ def project(
     return found
 
 
-def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor]):
+def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, dropout: float) -> bool:
+    """Whether :func:`input_gradient` lets what follows it begin before it has ended."""
+    if dropout or not _overlaps(dys[0], layout) or (kernel := _hopper(dys[0].device)) is None:
+        return False
+    return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True) is not None
+
+
+def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scaled: bool):
     """The plan of a pass over dy for both du and dB, or None where it takes two."""
     if _hopper(dys[0].device) is None:
         return None
-    from m3kernels.ops import _lora_hopper
+    from m3kernels.ops import _lora_dy_hopper
 
     bits = 0
     for tensor in (*dys, *many_b):
@@ -92,41 +96,34 @@ def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor]):
     if bits & 15 or not all(b.is_contiguous() for b in many_b):
         return None
     ns = tuple([dy.shape[1] for dy in dys])
-    return _lora_hopper.prepared(layout, dys[0].shape[0], ns, dys[0].dtype, many_b[0].dtype, dys[0].device)
+    return _lora_dy_hopper.prepared(layout, dys[0].shape[0], ns, scaled, dys[0].dtype, many_b[0].dtype, dys[0].device)
 
 
 def du_and_db(
     plan, dys: list[Tensor], t: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout,
-    db: Tensor, arrived: Tensor,
+    db: Tensor, arrived: Tensor, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(du, a) as :func:`make_du`; writes db."""
-    from m3kernels.ops import _lora_hopper
+    from m3kernels.ops import _lora_dy_hopper
 
-    parts = _lora_hopper.du_and_db_parts(plan, dys, t, many_b)
+    parts = _lora_dy_hopper.du_and_db_parts(plan, dys, t, many_b, scale)
     return skinny.add_parts(
         *parts, many_a, db, [dy.shape[1] for dy in dys], dys[0].shape[0], layout, scalings, plan.row_tiles, plan.each,
-        _lora_hopper.COLS.value, arrived, t.dtype,
+        _lora_dy_hopper.COLS.value, arrived, scale, t.dtype,
     )  # fmt: skip
 
 
 def input_gradient(
-    dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, scale: Tensor | None, dropout: float,
-    seeds: Tensor | None, shape: tuple[int, ...], x: Tensor, da: Tensor | None,
-) -> tuple[Tensor, bool]:  # fmt: skip
-    """(sum_j (k_j dy_j) W_j + drop_j'(du_j A_j) in ``shape``, whether ``da`` = du^T x is written); right after du."""
+    dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, dropout: float, seeds: Tensor | None,
+    shape: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """sum_j dy_j W_j + drop_j'(du_j A_j) in ``shape``; right after du."""
     if not dropout and (kernel := _hopper(du.device)) is not None:
-        x = None if da is None or layout.rank not in RANKS or layout.count * layout.rank > MOST_BESIDE else x
-        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, scale, [shape], _overlaps(du, layout), x)
+        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, None, [shape], _overlaps(du, layout))
         if found is not None:
-            if x is not None:
-                skinny.add_da(
-                    found.parts, da, layout, found.tiles.row_tiles, found.tiles.each, kernel.BESIDE_COLS.value
-                )
-            return found.outs[0], x is not None
+            return found[0]
     dx = du.new_empty(shape)
     flat = dx.view(-1, a.shape[1])
-    if scale is not None:
-        dys = [skinny.scaled_rows(dy, k) for dy, k in zip(dys, scale.split([dy.shape[1] for dy in dys]))]
     if dropout:
         for j in range(layout.count):
             rows = a[j * layout.padded :][: layout.width]
@@ -135,4 +132,4 @@ def input_gradient(
         torch.mm(du, a, out=flat)
     for dy, w in zip(dys, weights):
         flat.addmm_(dy, w)
-    return dx, False
+    return dx

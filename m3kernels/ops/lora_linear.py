@@ -24,7 +24,7 @@ from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import fused_op, rows_of, use_triton
 from m3kernels.ops._dora_scale import scales_from, squares_of
 from m3kernels.ops._lora_launch import MOST, Layout
-from m3kernels.ops._lora_products import du_and_db, input_gradient, one_pass, project, t_and_low
+from m3kernels.ops._lora_products import du_and_db, input_gradient, lets_begin, one_pass, project, t_and_low
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
 from m3kernels.ops.fp8_linear import dense
 
@@ -140,36 +140,39 @@ def _backward(
     need_weights: bool,
     need_adapters: bool,
 ) -> list[Tensor]:
-    """[dx, dA of all (count, R, K), dB of all (N of all, R), dm of all (N of all,)], then dW of each where it is needed.
+    """[dx, dA of all (count, R, K), dB of all (N of all, R)], then dW of each and dm of each where they are needed.
 
     What is not needed is empty. ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
     """
     like, shape, x = many_a[0], x.shape, rows_of(x)
     layout, ns = Layout.of(x, like, len(weights)), [w.shape[0] for w in weights]
     dys = [rows_of(dy).contiguous() for dy in dys]
+    dzs, dms = dys, []
+    if scales is not None:
+        pairs = [skinny.dora_grads(dy, rows_of(out), k) for dy, out, k in zip(dys, outs, scales.split(ns))]
+        dzs = [dz for dz, _ in pairs]
+        divisors = (norms if x.dtype == torch.float16 else norms * scales).split(ns)
+        dms = [total / by for (_, total), by in zip(pairs, divisors)]
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
-    outs, scaled = [rows_of(out) for out in outs], scales is not None
-    sums = skinny.Sums.like(x, sum(ns), layout, like, need_adapters, scaled)
-    plan = one_pass(dys, layout, many_b) if need_adapters and not scaled else None
-    adding = None
+    sums, adding, plan = skinny.Sums.like(x, sum(ns), layout, like, need_adapters), None, None
     if need_adapters:
-        given = ([], []) if plan else (ns, outs or dys)
-        adding = skinny.Adding.of(x, *given, layout, scalings, scaled, dropout, like.dtype)
+        plan = one_pass(dys, layout, many_b, scales is not None)
+        overlaps = need_x and lets_begin(dzs, weights, layout, dropout)
+        adding = skinny.Adding.of(
+            x, [] if plan else ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype
+        )
+    # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
     if plan:
-        du, a = du_and_db(plan, dys, t, many_a, many_b, scalings, layout, sums.db, adding.arrived)
+        du, a = du_and_db(plan, dys, t, many_a, many_b, scalings, layout, sums.db, adding.arrived, scales)
     else:
-        # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.arrived)
-    dx, done = x.new_empty(0), False
-    if need_x:
-        da = sums.da if plan else None
-        dx, done = input_gradient(dys, weights, du, a, layout, scales, dropout, seeds, shape, x, da)
-    if adding and not done:
-        skinny.adapter_gradients(adding, sums, dys, x, t, du, layout, scalings, outs, scales, norms, seeds)
-    if need_weights and scales is not None:
-        dys = [skinny.scaled_rows(dy, k) for dy, k in zip(dys, scales.split(ns))]
-    return [dx, *sums, *(dy.T @ x for dy in dys if need_weights)]
+    dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape) if need_x else x.new_empty(0)
+    if plan:
+        skinny.adapter_gradients(adding, sums, [], x, t, du, layout, scalings, scales, seeds)
+    elif adding:
+        skinny.adapter_gradients(adding, sums, dys, x, t, du, layout, scalings, scales, seeds)
+    return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dms]
 
 
 def _backward_fake(
@@ -179,9 +182,9 @@ def _backward_fake(
     like, rank = many_a[0], many_a[0].shape[0]
     total = sum(w.shape[0] for w in weights)
     sizes = ((len(weights), rank, x.shape[-1]), (total, rank)) if need_adapters else (0, 0)
-    dm = x.new_empty(total if need_adapters and scales is not None else 0, dtype=torch.float32)
     dws = [x.new_empty(w.shape) for w in weights] if need_ws else []
-    return [x.new_empty(x.shape if need_x else 0), *(like.new_empty(size) for size in sizes), dm, *dws]
+    dms = [] if scales is None else [x.new_empty(w.shape[0], dtype=torch.float32) for w in weights]
+    return [x.new_empty(x.shape if need_x else 0), *(like.new_empty(size) for size in sizes), *dws, *dms]
 
 
 def _setup_context(ctx, inputs, output):
@@ -210,20 +213,18 @@ def _gradients(ctx, run_backward, *grads):
     kept = rest[3 * count :]
     norms, scales, outs = (kept[0], kept[1], kept[2:]) if kept else (None, None, [])
     dys = [x.new_zeros((*x.shape[:-1], w.shape[0])) if dy is None else dy for dy, w in zip(grads, weights)]
-    need_weights, need_adapters = any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3]) or any(needs[10:13])
-    dx, da, db, dm, *dws = run_backward(
+    need_weights, need_adapters = any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])
+    dx, da, db, *found = run_backward(
         *(dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, ctx.scalings),
         *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], need_weights, need_adapters),
     )
-    ns, nothing = [w.shape[0] for w in weights], [None] * MOST
+    nothing = [None] * MOST
+    dws, dms = (found[:count], found[count:]) if need_weights else (nothing, found)
     # views of one tensor: the op itself may not return two of the same memory
-    das, dbs, dms = (
-        (da.unbind(), db.split(ns), dm.split(ns) if dm.numel() else nothing) if need_adapters else [nothing] * 3
-    )
-    of_each = zip(dws or nothing, das, dbs)
-    flat = [dx, *(g for of_one in of_each for g in of_one)]
+    das, dbs = (da.unbind(), db.split([w.shape[0] for w in weights])) if need_adapters else (nothing, nothing)
+    flat = [dx, *(g for of_one in zip(dws, das, dbs) for g in of_one)]
     flat += [None] * (1 + 3 * MOST - len(flat))
-    flat += [dm if dm is None else dm.to(dtype) for dm, dtype in zip(dms, ctx.magnitudes)]
+    flat += [dm.to(dtype) for dm, dtype in zip(dms, ctx.magnitudes)]
     return *(g if needed else None for g, needed in zip(flat, needs)), *[None] * (len(needs) - len(flat))
 
 

@@ -31,8 +31,10 @@ from m3kernels.ops._prepared import KEPT, Prepared
 ROWS = gl.constexpr(64)
 COLS = gl.constexpr(256)
 T_STAGES = gl.constexpr(4)
-# of 32 KB; beside them B's and t's tiles, 10 to 48 KB
+# by columns of B, hi and lo; of 32 KB, beside B's and t's tiles of 10 to 48 KB
 STAGES = {16: 6, 32: 6, 64: 5}
+# above, du's parts are as large as dy: cuBLAS's two passes are faster
+RANKS = (16, 32)
 
 Y_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 256], gl.bfloat16))
 
@@ -83,8 +85,8 @@ def _joined(acc, M: gl.constexpr, RANK: gl.constexpr, SPLIT: gl.constexpr, layou
 
 
 @gluon.jit
-def _fill_b(p_b, s_b, col, n_cols, RANK: gl.constexpr, SPLIT: gl.constexpr):
-    """B's rows of a block of columns as [hi | lo]."""
+def _fill_b(p_b, p_scale, s_b, col, n_cols, RANK: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr):
+    """B's rows of a block of columns, times DoRA's scale of each, as [hi | lo]."""
     columns: gl.constexpr = RANK * (2 if SPLIT else 1)
     layout: gl.constexpr = gl.BlockedLayout(
         [1, 4], [8 * 16 // columns if columns < 128 else 1, columns // 4 if columns < 128 else 32], [4, 1], [1, 0]
@@ -94,6 +96,8 @@ def _fill_b(p_b, s_b, col, n_cols, RANK: gl.constexpr, SPLIT: gl.constexpr):
     b = gl.load(p_b + (col + o_n)[:, None].to(gl.int64) * RANK + (o_c % RANK)[None, :], mask=mask, other=0.0).to(
         gl.float32
     )
+    if SCALED:
+        b *= gl.load(p_scale + col + o_n, mask=col + o_n < n_cols, other=0.0)[:, None]
     hi = b.to(s_b.dtype)
     if SPLIT:
         lo = (b - hi.to(gl.float32)).to(s_b.dtype)
@@ -105,8 +109,9 @@ def _fill_b(p_b, s_b, col, n_cols, RANK: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _make_du(
-    bs, p_du, s_b, memory, first, end, order, ns, rows, STAGES: gl.constexpr, RANK: gl.constexpr, SPLIT: gl.constexpr
-):
+    bs, p_scale, p_du, s_b, memory, first, end, order, ns, rows, STAGES: gl.constexpr, RANK: gl.constexpr, SPLIT: gl.constexpr,
+    SCALED: gl.constexpr,
+):  # fmt: skip
     s_y, _, full, empty, _, _ = memory
     row_tiles, second, third = order
     columns: gl.constexpr = RANK * (2 if SPLIT else 1)
@@ -118,11 +123,11 @@ def _make_du(
         block, m, which, inside = _place(tile, row_tiles, second, third)
         if block != known:
             if which == 0:
-                _fill_b(bs[0], s_b, inside * COLS, ns[0], RANK, SPLIT)
+                _fill_b(bs[0], p_scale, s_b, inside * COLS, ns[0], RANK, SPLIT, SCALED)
             elif which == 1:
-                _fill_b(bs[1], s_b, inside * COLS, ns[1], RANK, SPLIT)
+                _fill_b(bs[1], p_scale + ns[0], s_b, inside * COLS, ns[1], RANK, SPLIT, SCALED)
             else:
-                _fill_b(bs[2], s_b, inside * COLS, ns[2], RANK, SPLIT)
+                _fill_b(bs[2], p_scale + ns[0] + ns[1], s_b, inside * COLS, ns[2], RANK, SPLIT, SCALED)
             known = block
         count = tile - first
         slot = count % STAGES
@@ -168,9 +173,9 @@ VARYING = "n1 n2 n3 rows row_tiles tiles each second third".split()
 
 @gluon.jit(do_not_specialize=VARYING)
 def lora_dy_kernel(
-    d_y1, d_y2, d_y3, d_t1, d_t2, d_t3, p_b1, p_b2, p_b3, p_du, p_db,
+    d_y1, d_y2, d_y3, d_t1, d_t2, d_t3, p_b1, p_b2, p_b3, p_scale, p_du, p_db,
     n1, n2, n3, rows, row_tiles, tiles, each, second, third,
-    RANK: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, T_TILE: gl.constexpr, B_TILE: gl.constexpr,
+    RANK: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, T_TILE: gl.constexpr, B_TILE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_y1.dtype
     columns: gl.constexpr = RANK * (2 if SPLIT else 1)
@@ -193,7 +198,7 @@ def lora_dy_kernel(
     end = gl.minimum(first + each, tiles)
     gl.warp_specialize(
         [
-            (_make_du, (bs, p_du, s_b, memory, first, end, order, ns, rows, STAGES, RANK, SPLIT)),
+            (_make_du, (bs, p_scale, p_du, s_b, memory, first, end, order, ns, rows, STAGES, RANK, SPLIT, SCALED)),
             (_make_db, (p_db, memory, first, end, order, STAGES, RANK, SPLIT)),
             (_produce, (ys, ts, memory, first, end, order, STAGES)),
         ],
@@ -218,11 +223,12 @@ def tile_of(rows: int, columns: int) -> gl.NVMMASharedLayout:
 
 @lru_cache(KEPT)
 def prepared(
-    layout: Layout, rows: int, ns: tuple[int, ...], dtype: torch.dtype, adapters: torch.dtype, device: torch.device
-) -> Pass | None:
-    """None where this kernel does not take the pass: rank 16, 32 or (without hi and lo) 64, columns that the engine can copy."""
+    layout: Layout, rows: int, ns: tuple[int, ...], scaled: bool, dtype: torch.dtype, adapters: torch.dtype,
+    device: torch.device,
+) -> Pass | None:  # fmt: skip
+    """None where this kernel does not take the pass: other ranks than 16 and 32, columns that the engine cannot copy."""
     rank, columns = layout.rank, layout.rank * (2 if layout.split else 1)
-    if rank not in (16, 32, 64) or columns not in STAGES or dtype not in (torch.bfloat16, torch.float16):
+    if rank not in RANKS or dtype not in (torch.bfloat16, torch.float16):
         return None
     if any(n % 8 for n in ns):
         return None
@@ -246,16 +252,25 @@ def prepared(
         device,
         (programs,),
         (*fill(ns, 0), rows, row_tiles, tiles, each, *first[1:count], *[first[-1]] * (3 - count)),
-        {"RANK": rank, "SPLIT": layout.split, "STAGES": STAGES[columns], "T_TILE": t_tile, "B_TILE": b_tile}
+        {
+            "RANK": rank,
+            "SPLIT": layout.split,
+            "SCALED": scaled,
+            "STAGES": STAGES[columns],
+            "T_TILE": t_tile,
+            "B_TILE": b_tile,
+        }
         | {"num_warps": 4, "maxnreg": 168},
-        (*last(ys), *last(ts), None, None, None, None, None),
+        (*last(ys), *last(ts), None, None, None, None, None, None),
     )
     return Pass(run, row_tiles, each, first[-1] * rows * rank, (programs + first[-1]) * COLS.value * rank)
 
 
-def du_and_db_parts(plan: Pass, dys: list[Tensor], t: Tensor, many_b: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(blocks, M, R) and (parts, 256, R) in fp32."""
+def du_and_db_parts(
+    plan: Pass, dys: list[Tensor], t: Tensor, many_b: list[Tensor], scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(blocks, M, R) and (parts, 256, R) in fp32; ``scale``: DoRA's (N of all,), of B's rows for du."""
     du = t.new_empty(plan.du_size, dtype=torch.float32)
     db = t.new_empty(plan.db_size, dtype=torch.float32)
-    plan.run(*three(dys), *three([t]), *three(many_b), du, db)
+    plan.run(*three(dys), *three([t]), *three(many_b), du if scale is None else scale, du, db)
     return du, db
