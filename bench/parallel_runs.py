@@ -30,7 +30,6 @@ from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.config import FinetuneConfig
 from m3kernels.models.finetune.estimate import Memory, choose_recompute
 from m3kernels.models.finetune.metrics import METRICS, read_metrics
-from m3kernels.models.finetune.process import process_group
 
 # eight key-value heads: up to tp 8
 SIZE = ModelSize(

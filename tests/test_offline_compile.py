@@ -47,6 +47,8 @@ loss = importlib.import_module("m3kernels.ops._cross_entropy_kernels")
 launchers = importlib.import_module("m3kernels.ops._attention_triton")
 decode = importlib.import_module("m3kernels.ops.attention_decode")
 adapters = importlib.import_module("m3kernels.ops._lora_launch")
+adapter_kernels = importlib.import_module("m3kernels.ops._lora_kernels")
+adapter_sums = importlib.import_module("m3kernels.ops._lora_sum_kernels")
 dora = importlib.import_module("m3kernels.ops._dora_scale")
 fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
 vocab_parallel = importlib.import_module("m3kernels.parallel.cross_entropy")
@@ -462,7 +464,7 @@ def adapter_layout(rank: int, split: bool, count: int):
 def skinny_report(kernel, config, form: dict, dtype: str, split: bool) -> dict:
     """A pass in Triton; adapters are fp32 where ``split``."""
     constexprs = form | {"OVERLAP": False}
-    if kernel is adapters.lora_shrink_kernel:
+    if kernel is adapter_kernels.lora_shrink_kernel:
         constexprs |= {"small_col" if form["SCALED"] else "small_row": 1}
     else:
         constexprs |= {"WITH_Y": True}
@@ -480,9 +482,9 @@ def test_adapter_passes(rank, split, count):
     """Their loads run ahead of their use: without that the rate of memory is not reached."""
     layout = adapter_layout(rank, split, count)
     passes = [
-        (adapters.lora_shrink_kernel, adapters.shrink_form(layout, True, False, 0.0, torch.bfloat16)),
-        (adapters.lora_shrink_kernel, adapters.shrink_form(layout, False, True, 0.0, torch.bfloat16)),
-        (adapters.lora_outer_kernel, adapters.outer_form(layout, True, 0.0, torch.bfloat16)),
+        (adapter_kernels.lora_shrink_kernel, adapters.shrink_form(layout, True, False, 0.0, torch.bfloat16)),
+        (adapter_kernels.lora_shrink_kernel, adapters.shrink_form(layout, False, True, 0.0, torch.bfloat16)),
+        (adapter_kernels.lora_outer_kernel, adapters.outer_form(layout, True, 0.0, torch.bfloat16)),
     ]
     for kernel, form in passes:
         report = skinny_report(kernel, *form, "bf16", split)
@@ -496,8 +498,8 @@ def test_adapter_passes_with_dropout(rank, dtype):
     split = dtype == "bf16"
     layout = adapter_layout(rank, split, 3)
     for kernel, form in (
-        (adapters.lora_shrink_kernel, adapters.shrink_form(layout, True, False, 0.5, DTYPES[dtype])),
-        (adapters.lora_outer_kernel, adapters.outer_form(layout, False, 0.5, DTYPES[dtype])),
+        (adapter_kernels.lora_shrink_kernel, adapters.shrink_form(layout, True, False, 0.5, DTYPES[dtype])),
+        (adapter_kernels.lora_outer_kernel, adapters.outer_form(layout, False, 0.5, DTYPES[dtype])),
     ):
         check(kernel, skinny_report(kernel, *form, dtype, split), rank * 3)
 
@@ -508,9 +510,9 @@ def test_adapter_parts_and_sums(split, scaled, count):
     """Also each branch's types: the interpreter lets a name have one in each."""
     of_adapters = "*fp32" if split else "*bf16"
     for kernel, constexprs in (
-        (adapters.lora_parts_kernel, {"COUNT": count, "SPLIT": split, "SCALED": scaled, "OVERLAP": False}),
+        (adapter_sums.lora_parts_kernel, {"COUNT": count, "SPLIT": split, "SCALED": scaled, "OVERLAP": False}),
         (
-            adapters.lora_sum_kernel,
+            adapter_sums.lora_sum_kernel,
             {"COLS": 256, "RANK": 16, "COUNT": count, "SPLIT": split, "SCALED": scaled, "OVERLAP": False},
         ),
     ):
@@ -539,10 +541,13 @@ def test_dora_squares(rank, split):
 
 
 def test_lora_expand_and_dora_gradient():
-    kernel, constexprs = adapters.lora_expand_kernel, {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": 64, "ADDS": True}
+    kernel, constexprs = (
+        adapter_kernels.lora_expand_kernel,
+        {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": 64, "ADDS": True},
+    )
     constexprs |= {"PRECISION": "tf32"}
     check(kernel, compile_sm90(kernel, 8, constexprs, adapter_types(kernel, constexprs)), 64)
-    kernel, constexprs = adapters.dora_grad_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}
+    kernel, constexprs = adapter_sums.dora_grad_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}
     types = adapter_types(kernel, constexprs, p_scale="*fp32", p_sum="*fp32")
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 256)
 

@@ -94,7 +94,11 @@ def _squares(
         device,
         (blocks, cdiv(width, each)),
         (*skinny.fill(scalings, 0.0), *skinny.fill(ns, 0), width, layout.rank, each),
-        {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": min(16 if layout.split else 32, skinny.columns_of(layout.rank))}
+        {
+            "BLOCK_N": BLOCK_N,
+            "BLOCK_K": BLOCK_K,
+            "BLOCK_R": min(16 if layout.split else 32, skinny.columns_of(layout.rank)),
+        }
         | {"SPLIT": layout.split, "PRECISION": skinny.precision(dtype), "STAGES": STAGES, "num_warps": 4},
     )
 

@@ -12,7 +12,6 @@ tile's operands load while a tile is written.
 """
 
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -39,7 +38,7 @@ BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 STAGES = gl.constexpr(3)  # 144 KB, and 64 KB that results leave from
-TOGETHER = gl.constexpr(8)  # tiles of rows side by side, which share what they read of b in the cache
+TOGETHER = gl.constexpr(16)  # tiles of rows side by side, which share what they read of b in the cache
 
 A_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
 B_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([256, 64], gl.bfloat16))
@@ -100,10 +99,8 @@ def _produce(left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, s
         else:
             which, first = _part_of(n, second, third)
             col = (n - first) * BLOCK_N
-            t_row, low_row = (
-                which * rows + row,
-                col + gl.where(which == 0, 0, gl.where(which == 1, starts[0], starts[1])),
-            )
+            t_row = which * rows + row
+            low_row = col + gl.where(which == 0, 0, gl.where(which == 1, starts[0], starts[1]))
             if COUNT == 1 or which == 0:
                 count = _load_all(left[0], right[0], memory, count, row, col, k_tiles[0], ACROSS)
             elif COUNT == 2 or which == 1:
@@ -211,9 +208,12 @@ def linear_low_rank_kernel(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, upper, ACROSS, COUNT, SCALED, OVERLAP)),
-            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, lower, ACROSS, COUNT, SCALED, OVERLAP)),
-            (_produce, (left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, second, third, starts, ACROSS, COUNT, OVERLAP)),
+            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, upper, ACROSS,
+                        COUNT, SCALED, OVERLAP)),
+            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, lower, ACROSS,
+                        COUNT, SCALED, OVERLAP)),
+            (_produce, (left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, second, third, starts, ACROSS,
+                        COUNT, OVERLAP)),
         ],
         [4, 1],
         [232, 40],
@@ -266,32 +266,25 @@ def _prepared(
         weights = [Matrix(k, ns[0], stride, *right) for k, stride in zip(ks, weight_strides)]
         t = Matrix(m, count * padded, count * padded, *left)
         low = Matrix(count * padded, ns[0], ns[0], *right)
-        starts = [0, *accumulate(ks)]
+        beyond = (n_tiles, n_tiles)
     else:
         right = (BLOCK_N.value, BLOCK_K.value), B_TILE.value
         low_tiles = cdiv(width, BLOCK_K.value)
         weights = [Matrix(n, ks[0], stride, *right) for n, stride in zip(ns, weight_strides)]
         t = Matrix(count * m, width, padded, *left)
         low = Matrix(sum(ns), width, padded, *right)
-        starts = [0, *accumulate(ns)]
+        beyond = (*first[1:count], *[n_tiles] * (MOST - count))
     lefts = [Matrix(m, k, stride, *left) for k, stride in zip(ks, strides)]
     outs = [Matrix(m, n, n, *piece) for n in ns]
     last = lambda found: [*found, *found[-1:] * (MOST - len(found))]
-    beyond = lambda found: (*found[1:count], *[n_tiles] * (MOST - count)) if not across else (n_tiles, n_tiles)
+    # where the second and the third output begin
+    starts, k_tiles = (sum(ns[:1]), sum(ns[:2])), tuple(cdiv(k, BLOCK_K.value) for k in ks)
     return Prepared(
         "lora_linear",
         linear_low_rank_kernel,
         device,
         (min(m_tiles * n_tiles, sm_count(device)),),
-        (
-            *fill(ks if across else ns, 0),
-            *fill(tuple(cdiv(k, BLOCK_K.value) for k in ks), 0),
-            m_tiles,
-            n_tiles,
-            m,
-            low_tiles,
-        )
-        + (*beyond(first), *fill(tuple(starts[1:count]), 0)[:2]),
+        (*fill(ns, 0), *fill(k_tiles, 0), m_tiles, n_tiles, m, low_tiles, *beyond, *starts),
         {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": overlaps, "num_warps": 4, "maxnreg": 168}
         | ({"launch_pdl": True} if overlaps else {}),
         (None, *last(lefts), *last(weights), t, low, *last(outs)),
@@ -328,7 +321,8 @@ def linear_low_rank(
     """The products in ``sizes``, rows side by side, or None where this kernel does not take them.
 
     One left operand and several weights (N, K) give several results; ``across``, several of both, weights (K, N), one sum.
-    ``t`` and ``low``: fresh, as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns. ``overlaps``: the kernel before this one wrote t and low and lets this one begin, and this one the next.
+    ``t`` and ``low``: fresh, as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns. ``overlaps``:
+    the kernel before this one wrote t and low and lets this one begin, as this one does the next.
     """
     run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps)
     if run is None:

@@ -88,14 +88,10 @@ def _joined(acc, M: gl.constexpr, RANK: gl.constexpr, SPLIT: gl.constexpr, layou
 def _fill_b(p_b, p_scale, s_b, col, n_cols, RANK: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr):
     """B's rows of a block of columns, times DoRA's scale of each, as [hi | lo]."""
     columns: gl.constexpr = RANK * (2 if SPLIT else 1)
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 4], [8 * 16 // columns if columns < 128 else 1, columns // 4 if columns < 128 else 32], [4, 1], [1, 0]
-    )
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // columns, columns // 4], [4, 1], [1, 0])
     o_n, o_c = gl.arange(0, COLS, gl.SliceLayout(1, layout)), gl.arange(0, columns, gl.SliceLayout(0, layout))
-    mask = (col + o_n < n_cols)[:, None] & (o_c < columns)[None, :]
-    b = gl.load(p_b + (col + o_n)[:, None].to(gl.int64) * RANK + (o_c % RANK)[None, :], mask=mask, other=0.0).to(
-        gl.float32
-    )
+    p_tile = p_b + (col + o_n)[:, None].to(gl.int64) * RANK + (o_c % RANK)[None, :]
+    b = gl.load(p_tile, mask=(col + o_n < n_cols)[:, None] & (o_c >= 0)[None, :], other=0.0).to(gl.float32)
     if SCALED:
         b *= gl.load(p_scale + col + o_n, mask=col + o_n < n_cols, other=0.0)[:, None]
     hi = b.to(s_b.dtype)
@@ -175,7 +171,8 @@ VARYING = "n1 n2 n3 rows row_tiles tiles each second third".split()
 def lora_dy_kernel(
     d_y1, d_y2, d_y3, d_t1, d_t2, d_t3, p_b1, p_b2, p_b3, p_scale, p_du, p_db,
     n1, n2, n3, rows, row_tiles, tiles, each, second, third,
-    RANK: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, T_TILE: gl.constexpr, B_TILE: gl.constexpr,
+    RANK: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, T_TILE: gl.constexpr,
+    B_TILE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_y1.dtype
     columns: gl.constexpr = RANK * (2 if SPLIT else 1)

@@ -1,4 +1,4 @@
-"""Launchers of the low-rank products, and the choice between our kernels and cuBLAS for each.
+"""Launchers of the low-rank products t and du, and the choice between our kernels and cuBLAS.
 
 The host issues hundreds of them a step: what follows from shapes alone is worked out once (:mod:`m3kernels.ops._prepared`).
 """
@@ -10,16 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import cdiv, launch, next_power_of_2, overlap_meta, sm_count
-from m3kernels.ops._lora_kernels import (
-    PARTS_BLOCK,
-    dora_grad_kernel,
-    lora_expand_kernel,
-    lora_outer_kernel,
-    lora_parts_kernel,
-    lora_shrink_kernel,
-    lora_sum_kernel,
-)
+from m3kernels.ops._common import cdiv, next_power_of_2, overlap_meta
+from m3kernels.ops._lora_kernels import PARTS_BLOCK, lora_shrink_kernel
+from m3kernels.ops._lora_sum_kernels import lora_parts_kernel
 from m3kernels.ops._prepared import KEPT, Prepared
 
 MOST = 3  # projections of one input
@@ -41,8 +34,6 @@ SHRINK = {16: SkinnyConfig(32, 128, 4, 4), 96: SkinnyConfig(32, 64, 4, 3)}
 OUTER = {16: SkinnyConfig(64, 128, 4, 3), 96: SkinnyConfig(64, 64, 4, 3)}
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
-# programs of the outer pass for each multiprocessor
-OUTER_PROGRAMS = 4
 # columns of A^T or B in one program; cuBLAS takes larger ranks
 MOST_AT_ONCE = 32
 
@@ -184,7 +175,8 @@ def _shrink(
 
 def _run_shrink(
     xs: list[Tensor], smalls: list[Tensor], others: list[Tensor], layout: Layout, forward: bool, factors: list[float],
-    scalings: list[float], scale: Tensor | None, dropout: float, seeds: Tensor | None, with_rows: bool, arrived: Tensor | None = None,
+    scalings: list[float], scale: Tensor | None, dropout: float, seeds: Tensor | None, with_rows: bool,
+    arrived: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = xs[0]
     widths, strides = tuple([x.shape[1] for x in xs]), tuple([x.stride(0) for x in xs])
@@ -300,195 +292,3 @@ def put_parts(out: Tensor, x: Tensor, small: Tensor, layout: Layout) -> None:
     total = both[:, :rank] + both[:, rank:]
     out[:, :rank] = out[:, 2 * rank :] = hi = total.to(out.dtype)
     out[:, rank : 2 * rank] = total - hi.float()
-
-
-@lru_cache(KEPT)
-def _sum(
-    layout: Layout, rows: int, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], row_tiles: int, each: int,
-    cols: int, arrivals: int, scaled: bool, device, *_,
-) -> Prepared:  # fmt: skip
-    rank, count, padded = layout.rank, layout.count, layout.padded
-    first = [0]
-    for n in ns:
-        first.append(first[-1] + cdiv(n, cols))
-    length, blocks = rank * width, first[-1]
-    parts_programs, du_programs = count * cdiv(length, PARTS_BLOCK.value), cdiv(rows, 16)
-    bases = (padded * width, 2 * padded * width)
-    return Prepared(
-        "lora_linear backward (sum)",
-        lora_sum_kernel,
-        device,
-        (parts_programs + count * du_programs + blocks * (cols // 16),),
-        (
-            *fill(scalings, 0.0),
-            *fill(ns, 0),
-            *first[1:count],
-            *[blocks] * (MOST - count),
-            blocks,
-            rows,
-            row_tiles,
-            each,
-            length,
-        )
-        + (*bases, count * padded, padded, arrivals, parts_programs, du_programs),
-        {"COLS": cols, "RANK": rank, "COUNT": count, "SPLIT": layout.split, "SCALED": scaled}
-        | {"OVERLAP": overlap_meta(device)["OVERLAP"]},
-    )
-
-
-def add_parts(
-    part_du: Tensor, part_db: Tensor, many_a: list[Tensor], db: Tensor, ns: list[int], rows: int, layout: Layout,
-    scalings: list[float], row_tiles: int, each: int, cols: int, arrived: Tensor,
-    scale: Tensor | None, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(du, a) as :func:`make_du`, of what one pass over dy left; writes db."""
-    many_a = [a.contiguous() for a in many_a]
-    width, device = many_a[0].shape[1], part_du.device
-    du = torch.empty((rows, layout.count * layout.padded), dtype=dtype, device=device)
-    a = torch.empty((layout.count * layout.padded, width), dtype=dtype, device=device)
-    run = _sum(
-        layout, rows, tuple(ns), width, tuple(scalings), row_tiles, each, cols, arrived.numel(), scale is not None, device, dtype,
-        many_a[0].dtype,
-    )  # fmt: skip
-    run(part_du, part_db, *three(many_a), part_du if scale is None else scale, du, db, a, arrived)
-    return du, a
-
-
-class Summing(NamedTuple):
-    """The launch that makes the adapters' gradients, and what it hands over between its programs."""
-
-    run: Prepared
-    slabs: int
-    arrivals: int
-
-
-@lru_cache(KEPT)
-def _outer(
-    layout: Layout, rows: int, ns: tuple[int, ...], width: int, x_stride: int, scalings: tuple[float, ...],
-    scaled: bool, dropout: float, overlaps: bool, device, dtype, *_,
-) -> Summing:  # fmt: skip
-    rank, count, padded = layout.rank, layout.count, layout.padded
-    config, form = outer_form(layout, scaled, dropout, dtype)
-    y_blocks = sum(cdiv(n, config.cols) for n in ns)
-    blocks, groups = y_blocks + cdiv(width, config.cols), cdiv(rank, form["RANK"])
-    shares = max(1, min(cdiv(rows, config.rows), OUTER_PROGRAMS * sm_count(device) // (blocks * groups)))
-    each = cdiv(cdiv(rows, shares), config.rows) * config.rows
-    shares = cdiv(rows, each)
-    run = Prepared(
-        "lora_linear backward",
-        lora_outer_kernel,
-        device,
-        (blocks, shares, groups),
-        (
-            *fill(ns, 0),
-            width,
-            x_stride,
-            rows,
-            each,
-            rank,
-            padded,
-            rows * padded,
-            count * padded,
-        )
-        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares),
-        form
-        | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
-        | _options(config)
-        | ({"launch_pdl": True} if overlaps else {}),
-    )
-    return Summing(run, blocks * groups * shares * config.cols * form["RANK"] * count, blocks * groups)
-
-
-class Sums(NamedTuple):
-    """Gradients of the adapters: dA (count, R, K), dB (N of all, R); empty where not needed.
-
-    Made before the product is launched: what runs beside it may write no memory that anything before it still reads.
-    """
-
-    da: Tensor
-    db: Tensor
-
-    @classmethod
-    def like(cls, x: Tensor, n: int, layout: Layout, adapter: Tensor, needed: bool) -> "Sums":
-        da = adapter.new_empty((layout.count, layout.rank, x.shape[1]) if needed else 0)
-        return cls(da, adapter.new_empty((n, layout.rank) if needed else 0))
-
-
-class Adding(NamedTuple):
-    """The sums of one backward in the making."""
-
-    run: Prepared | None
-    slabs: Tensor
-    arrived: Tensor | None
-
-    @classmethod
-    def of(
-        cls, x: Tensor, ns: list[int], layout: Layout, scalings: list[float], scaled: bool, dropout: float,
-        overlaps: bool, dtype: torch.dtype,
-    ) -> "Adding":  # fmt: skip
-        """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums."""
-        if by_cublas(layout, dropout, x.device, x.dtype):
-            return cls(None, x, None)
-        run, slabs, arrivals = _outer(
-            layout, x.shape[0], tuple(ns), x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps, x.device,
-            x.dtype, dtype,
-        )  # fmt: skip
-        return cls(run, x.new_empty(slabs, dtype=torch.float32), x.new_empty(arrivals, dtype=torch.int32))
-
-
-def adapter_gradients(
-    adding: Adding, sums: Sums, dys: list[Tensor], x: Tensor, t: Tensor, du: Tensor, layout: Layout, scalings: list[float],
-    scales: Tensor | None, seeds: Tensor | None,
-) -> None:  # fmt: skip
-    """Writes ``sums``; without ``dys`` dA alone."""
-    if adding.run is None:
-        _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales)
-        return
-    unused = sums.db
-    none = lambda option: unused if option is None else option
-    adding.run(*three(dys or [x]), x, t, du, sums.db, sums.da, adding.slabs, adding.arrived, none(scales), none(seeds))
-
-
-def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales) -> None:
-    rank, ns = layout.rank, [dy.shape[1] for dy in dys]
-    parts = slice(0, 2 * rank if layout.split else rank)
-    both = lambda found: found[:, :rank] + found[:, rank:] if layout.split else found
-    for j, (dy, db, s) in enumerate(zip(dys, sums.db.split(ns), scalings)):
-        db.copy_(both(product32(dy.T, layout.of_t(t, j)[:, parts])).mul_(s))
-    # one product for all: x is read once
-    found, width = product32(du.T, x), x.shape[1]
-    size, strides = sums.da.shape, (layout.padded * width, width, 1)
-    da = found.as_strided(size, strides)
-    sums.da.copy_(da + found.as_strided(size, strides, rank * width) if layout.split else da)
-    if scales is not None:
-        sums.db.mul_(scales[:, None])
-
-
-def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: Tensor) -> None:
-    """dx (+)= drop'(du a), all parts of one projection."""
-    rows, width = dx.shape
-    launch(
-        "lora_linear backward (dx)",
-        lora_expand_kernel,
-        (cdiv(width, 128), cdiv(rows, 64)),
-        *(du, a, dx, seed, du.stride(0), a.stride(0), dx.stride(0), rows, width, a.shape[0], dropout),
-        **{"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": min(64, columns_of(a.shape[0])), "ADDS": adds},
-        **{"PRECISION": precision(dx.dtype), "num_warps": 8},
-    )
-
-
-@lru_cache(KEPT)
-def _dora_grads(rows: int, cols: int, strides: tuple[int, int], device, dtype) -> Prepared:
-    blocks = cdiv(cols, 256)
-    each = cdiv(cdiv(rows, max(1, 4 * sm_count(device) // blocks)), 16) * 16
-    grid, numbers = (blocks, cdiv(rows, each)), (*strides, rows, cols, each)
-    return Prepared("dora_linear backward", dora_grad_kernel, device, grid, numbers, {"BLOCK_M": 16, "BLOCK_N": 256})
-
-
-def dora_grads(dy: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz = scale * dy, the sum over rows of dy * out in fp32)."""
-    rows, cols = dy.shape
-    run = _dora_grads(rows, cols, (dy.stride(0), out.stride(0)), dy.device, dy.dtype)
-    dz, parts = dy.new_empty((rows, cols)), dy.new_empty((run.grid[1], cols), dtype=torch.float32)
-    run(dy, out, scale, dz, parts)
-    return dz, parts.sum(0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
+from m3kernels.ops import _lora_sums as sums
 from m3kernels.ops._common import overlap_meta
 from m3kernels.ops._lora_launch import Layout
 
@@ -107,7 +108,7 @@ def du_and_db(
     from m3kernels.ops import _lora_dy_hopper
 
     parts = _lora_dy_hopper.du_and_db_parts(plan, dys, t, many_b, scale)
-    return skinny.add_parts(
+    return sums.add_parts(
         *parts, many_a, db, [dy.shape[1] for dy in dys], dys[0].shape[0], layout, scalings, plan.row_tiles, plan.each,
         _lora_dy_hopper.COLS.value, arrived, scale, t.dtype,
     )  # fmt: skip
@@ -127,7 +128,7 @@ def input_gradient(
     if dropout:
         for j in range(layout.count):
             rows = a[j * layout.padded :][: layout.width]
-            skinny.expand(layout.of_du(du, j), rows, flat, j > 0, dropout, seeds[j:])
+            sums.expand(layout.of_du(du, j), rows, flat, j > 0, dropout, seeds[j:])
     else:
         torch.mm(du, a, out=flat)
     for dy, w in zip(dys, weights):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
+from m3kernels.ops import _lora_sums as adding_up
 from m3kernels.ops._common import fused_op, rows_of, use_triton
 from m3kernels.ops._dora_scale import scales_from, squares_of
 from m3kernels.ops._lora_launch import MOST, Layout
@@ -149,17 +150,17 @@ def _backward(
     dys = [rows_of(dy).contiguous() for dy in dys]
     dzs, dms = dys, []
     if scales is not None:
-        pairs = [skinny.dora_grads(dy, rows_of(out), k) for dy, out, k in zip(dys, outs, scales.split(ns))]
+        pairs = [adding_up.dora_grads(dy, rows_of(out), k) for dy, out, k in zip(dys, outs, scales.split(ns))]
         dzs = [dz for dz, _ in pairs]
         divisors = (norms if x.dtype == torch.float16 else norms * scales).split(ns)
         dms = [total / by for (_, total), by in zip(pairs, divisors)]
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
-    sums, adding, plan = skinny.Sums.like(x, sum(ns), layout, like, need_adapters), None, None
+    sums, adding, plan = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None
     if need_adapters:
         plan = one_pass(dys, layout, many_b, scales is not None)
         overlaps = need_x and lets_begin(dzs, weights, layout, dropout)
-        adding = skinny.Adding.of(
+        adding = adding_up.Adding.of(
             x, [] if plan else ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype
         )
     # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
@@ -169,9 +170,9 @@ def _backward(
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.arrived)
     dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape) if need_x else x.new_empty(0)
     if plan:
-        skinny.adapter_gradients(adding, sums, [], x, t, du, layout, scalings, scales, seeds)
+        adding_up.adapter_gradients(adding, sums, [], x, t, du, layout, scalings, scales, seeds)
     elif adding:
-        skinny.adapter_gradients(adding, sums, dys, x, t, du, layout, scalings, scales, seeds)
+        adding_up.adapter_gradients(adding, sums, dys, x, t, du, layout, scalings, scales, seeds)
     return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dms]
 
 

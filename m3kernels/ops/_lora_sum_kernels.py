@@ -1,0 +1,143 @@
+"""What goes with the passes over the large operands: parts of A and B, sums of parts, DoRA's k dy.
+
+parts    A as rows [hi ; lo], s B as [hi | hi | lo], DoRA's norms and scales from the squares of its rows
+sum      du, dB and A's parts from what one pass over dy left (:mod:`m3kernels.ops._lora_dy_hopper`)
+dora     dz = k dy and sum(dy * y)
+"""
+
+from m3kernels.ops._lora_kernels import PARTS_BLOCK, SMALLEST, _clear, _one_of, _pointer_of, _store_parts, _write_parts
+from m3kernels.ops._triton import tl, triton
+
+
+@triton.jit(do_not_specialize=["high"])
+def lora_parts_kernel(
+    p_a1, p_a2, p_a3, p_b1, p_b2, p_b3, p_a, p_low, p_squares, p_m1, p_m2, p_m3, p_norm, p_scale,
+    s1, s2, s3, n1, n2, n3, width, rank, padded, high, a_programs, b_programs, shares,
+    COUNT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A of all as rows [hi ; lo] (lo from row ``high`` on), s B of all as [hi | hi | lo], DoRA's norms and scales."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    program, length = tl.program_id(0), rank * width
+    if program < a_programs:
+        each = tl.cdiv(length, PARTS_BLOCK)
+        which = program // each
+        o = program % each * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
+        b_a = tl.load(_pointer_of(which, p_a1, p_a2, p_a3) + o, mask=o < length, other=0.0).to(tl.float32)
+        hi = b_a.to(p_a.dtype.element_ty)
+        o_a = which.to(tl.int64) * length + o
+        tl.store(p_a + o_a, hi, mask=o < length)
+        if SPLIT:
+            tl.store(p_a + high.to(tl.int64) * width + o_a, (b_a - hi.to(tl.float32)).to(hi.dtype), mask=o < length)
+    elif program < a_programs + b_programs:
+        _write_parts(
+            program - a_programs, p_b1, p_b2, p_b3, p_low, n1 * rank, n2 * rank, n3 * rank, 0, n1 * padded, (n1 + n2) * padded,
+            s1, s2, s3, rank, padded, rank, SPLIT,
+        )  # fmt: skip
+    elif SCALED:
+        total = n1 + n2 + n3
+        o_n = (program - a_programs - b_programs) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
+        m_n, squares = o_n < total, tl.zeros([PARTS_BLOCK], tl.float32)
+        for share in range(shares):
+            squares += tl.load(p_squares + tl.cast(share, tl.int64) * total + o_n, mask=m_n, other=1.0)
+        which = (o_n >= n1).to(tl.int32) + (o_n >= n1 + n2)
+        m = tl.load(p_m1 + o_n, mask=m_n & (which == 0), other=0.0).to(tl.float32)
+        m += tl.load(p_m2 + (o_n - n1), mask=m_n & (which == 1), other=0.0).to(tl.float32)
+        m += tl.load(p_m3 + (o_n - n1 - n2), mask=m_n & (which == 2), other=0.0).to(tl.float32)
+        # rounded as PEFT's, whose magnitude began as this norm: a fresh DoRA layer is the frozen one
+        norm = tl.sqrt_rn(squares).to(p_m1.dtype.element_ty).to(tl.float32)
+        scale = tl.div_rn(m, norm)
+        tl.store(p_norm + o_n, norm, mask=m_n)
+        tl.store(p_scale + o_n, tl.where(scale == 0.0, SMALLEST, scale), mask=m_n)
+
+
+@triton.jit
+def _sum_of_parts(
+    p_parts, stride, first, end, o_row, m_row, ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """The sum over parts ``first`` to ``end`` of rows of (parts, rows, RANK), always in one order."""
+    o_p, o_r = tl.arange(0, AT_ONCE), tl.arange(0, RANK)
+    b_sum = tl.zeros([ROWS, RANK], tl.float32)
+    o_in = o_row[None, :, None].to(tl.int64) * RANK + o_r[None, None, :]
+    for i in range(first, end, AT_ONCE):
+        mask = (i + o_p < end)[:, None, None] & m_row[None, :, None]
+        b_sum += tl.sum(
+            tl.load(p_parts + (i + o_p)[:, None, None].to(tl.int64) * stride + o_in, mask=mask, other=0.0), axis=0
+        )
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["rows", "row_tiles", "each"])
+def lora_sum_kernel(
+    p_part_du, p_part_db, p_a1, p_a2, p_a3, p_scale, p_du, p_db, p_parts, p_arrived,
+    s1, s2, s3, n1, n2, n3, second, third, blocks, rows, row_tiles, each, length, base2, base3, du_stride, padded, arrivals,
+    parts_programs, du_programs,
+    COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """What the pass over dy left: du of each projection as [hi | lo | hi], db, and A as parts [hi ; hi ; lo].
+
+    SCALED: db times a scale of each row.
+    """
+    if OVERLAP:
+        # the product needs none of this before the end of its first tile
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    if program == 0:
+        _clear(p_arrived, arrivals)
+    ROWS: tl.constexpr = 16
+    o_r = tl.arange(0, RANK)
+    if program < parts_programs:
+        _write_parts(
+            program, p_a1, p_a2, p_a3, p_parts, length, length * (COUNT > 1), length * (COUNT > 2), 0, base2, base3, 1.0, 1.0,
+            1.0, length, 0, length, SPLIT,
+        )  # fmt: skip
+    elif program < parts_programs + du_programs * COUNT:
+        index = program - parts_programs
+        which, o_m = index // du_programs, index % du_programs * ROWS + tl.arange(0, ROWS)
+        first, end = _one_of(which, 0, second, third), _one_of(which, second, third, blocks)
+        b_du = _sum_of_parts(p_part_du, rows.to(tl.int64) * RANK, first, end, o_m, o_m < rows, ROWS, RANK, 8)
+        b_du *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        p_out = p_du + o_m.to(tl.int64)[:, None] * du_stride + which * padded + o_r[None, :]
+        _store_parts(p_out, b_du, RANK, (o_m < rows)[:, None] & (o_r >= 0)[None, :], "lo", SPLIT)
+    else:
+        index = program - parts_programs - du_programs * COUNT
+        block, o_b = index // (COLS // ROWS), index % (COLS // ROWS) * ROWS + tl.arange(0, ROWS)
+        which = (block >= second).to(tl.int32) + (block >= third)
+        o_n = (block - _one_of(which, 0, second, third)) * COLS + o_b
+        # part c + block is of program c, which took tiles c * each and on; a block has row_tiles of them
+        first, last = block * row_tiles // each, ((block + 1) * row_tiles - 1) // each
+        b_db = _sum_of_parts(p_part_db, COLS * RANK, first + block, last + block + 1, o_b, o_b >= 0, ROWS, RANK, 4)
+        b_db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
+        row, m_n = _one_of(which, 0, n1, n1 + n2) + o_n, o_n < _one_of(which, n1, n2, n3)
+        if SCALED:
+            b_db *= tl.load(p_scale + row, mask=m_n, other=1.0)[:, None]
+        tl.store(
+            p_db + row.to(tl.int64)[:, None] * RANK + o_r[None, :], b_db.to(p_db.dtype.element_ty), mask=m_n[:, None]
+        )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def dora_grad_kernel(
+    p_dy, p_y, p_scale, p_dz, p_sum, dy_stride, y_stride, rows, cols, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """dz = scale * dy, and for each share of rows sum(dy * y).
+
+    By the product on its way to the tensor cores, dy took a quarter of the product's time (docs/adapters.md).
+    """
+    block, share = tl.program_id(0), tl.program_id(1)
+    o_n, o_b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    m_n = o_n < cols
+    scale = tl.load(p_scale + o_n, mask=m_n, other=1.0)
+    # by elements: a sum over rows in every step would make the warps wait for each other
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    first = share * rows_each
+    end = tl.minimum(first + rows_each, rows)
+    for m in range(first, end, BLOCK_M):
+        o_m = (m + o_b).to(tl.int64)[:, None]
+        mask = (m + o_b < end)[:, None] & m_n[None, :]
+        dy = tl.load(p_dy + o_m * dy_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(p_y + o_m * y_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += dy * y
+        tl.store(p_dz + o_m * cols + o_n[None, :], (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
+    tl.store(p_sum + share.to(tl.int64) * cols + o_n, tl.sum(total, axis=0), mask=m_n)
