@@ -33,8 +33,8 @@ from m3kernels.bench.parallel_runs import (
     STEPS,
     Layout,
     Runs,
+    alone,
     layouts,
-    one_process,
     prepare,
     run_name,
     shared_meshes,
@@ -164,10 +164,9 @@ def run_all(runs: Runs, schemes: list[str], checks: Checks | None) -> None:
     """Every run on every rank; of them one has ``checks``."""
     rank, ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     resharded = [scheme for scheme in schemes if scheme in RESHARDED]
-    with one_process():
-        # each rank some of them
-        for scheme, precision in list(itertools.product(schemes, PRECISIONS))[rank::ranks]:
-            runs.whole(scheme, precision, ALONE)
+    # each rank some of them
+    own = list(itertools.product(schemes, PRECISIONS))[rank::ranks]
+    alone(runs, [("whole", scheme, precision, ALONE) for scheme, precision in own])
     # ranks may come from runs of unequal length
     with process_group(10), shared_meshes():
         dist.barrier()
@@ -186,10 +185,10 @@ def run_all(runs: Runs, schemes: list[str], checks: Checks | None) -> None:
                 if checks:
                     checks.weights("checkpoint", scheme, " to ".join(map(named, pair)), name)
     if checks:
-        with one_process():
-            for scheme, layout in itertools.product(resharded, layouts(ranks)):
-                name = runs.reshard(scheme, layout, ALONE)
-                checks.weights("checkpoint", scheme, f"{named(layout)} to {named(ALONE)}", name)
+        pairs = list(itertools.product(resharded, layouts(ranks)))
+        names = alone(runs, [("reshard", scheme, layout, ALONE) for scheme, layout in pairs])
+        for (scheme, layout), name in zip(pairs, names):
+            checks.weights("checkpoint", scheme, f"{named(layout)} to {named(ALONE)}", name)
 
 
 # a rank that is killed

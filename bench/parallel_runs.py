@@ -4,12 +4,14 @@ import contextlib
 import functools
 import io
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -30,6 +32,7 @@ from m3kernels.models.finetune.command import parse
 from m3kernels.models.finetune.config import FinetuneConfig
 from m3kernels.models.finetune.estimate import Memory, choose_recompute
 from m3kernels.models.finetune.metrics import METRICS, read_metrics
+from m3kernels.models.finetune.process import process_group
 
 # eight key-value heads: up to tp 8
 SIZE = ModelSize(
@@ -160,22 +163,24 @@ class Runs:
         return [row[key] for row in read_metrics(self.folder / name / METRICS) if key in row]
 
 
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """A group of this process alone, while torchrun's is not wanted.
+def alone(runs: Runs, jobs: list[tuple]) -> list[str]:
+    """Runs in one process; their names. ``jobs``: a method of ``Runs`` and its arguments each.
 
-    Not bound to its GPU: after such a group, NCCL of torch 2.11 dies where the next one makes a mesh (SIGSEGV).
+    In a process of their own: NCCL of torch 2.11 dies (SIGSEGV) where a second group in one process makes a mesh.
     """
-    with mock.patch.dict(os.environ):
-        os.environ.pop("RANK", None)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        names, failed, seconds = pool.submit(_alone, runs.folder, runs.device, jobs).result()
+    runs.failed |= failed
+    runs.seconds |= seconds
+    return names
+
+
+def _alone(folder: Path, device: str, jobs: list[tuple]) -> tuple[list[str], dict[str, str], dict[str, float]]:
+    # torchrun's, of the parent
+    os.environ.pop("RANK", None)
+    runs = Runs(folder, device)
+    with process_group(2, device):
+        return [getattr(runs, method)(*args) for method, *args in jobs], runs.failed, runs.seconds
 
 
 @contextlib.contextmanager

@@ -253,6 +253,8 @@ def make_t(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(t_j = drop_j(x) A_j^T one below another (count * M, padded), s_j B_j likewise (N of all, padded)), as parts."""
     count, cublas = layout.count, by_cublas(layout, dropout, x.device, x.dtype)
+    # cuBLAS sums in another order where they lie otherwise
+    many_a = [a.contiguous() for a in many_a]
     factors = [1.0 / (1.0 - dropout)] * count
     xs, given = [x] * count, (factors, scalings, None, dropout, seeds, not cublas)
     t, low = _run_shrink(xs, many_a, many_b, layout, True, *given)
@@ -270,7 +272,7 @@ def make_du(
 
     ``scale``: DoRA's k (N of all,). ``arrived``: set to zero.
     """
-    x, cublas = dys[0], by_cublas(layout, 0.0, dys[0].device, dys[0].dtype)
+    cublas, many_b = by_cublas(layout, 0.0, dys[0].device, dys[0].dtype), [b.contiguous() for b in many_b]
     du, a = _run_shrink(
         dys, many_b, many_a, layout, False, scalings, [1.0] * layout.count, scale, 0.0, None, not cublas, arrived
     )
@@ -278,7 +280,7 @@ def make_du(
         scales = scale.split([dy.shape[1] for dy in dys]) if scale is not None else [None] * layout.count
         for j, (dy, b, s, k) in enumerate(zip(dys, many_b, scalings, scales)):
             b = b.float() * s if k is None else b.float() * (s * k[:, None])
-            put_parts(layout.of_du(du, j), x if layout.count == 1 else dy, b, layout)
+            put_parts(layout.of_du(du, j), dy, b, layout)
     return du, a
 
 

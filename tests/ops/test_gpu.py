@@ -59,6 +59,26 @@ def test_rotary_at_the_last_position_of_a_long_context(room):
         assert_tail(a[:, :, -5:], b)
 
 
+def test_lora_beyond_two_to_the_31(room):
+    rows, width, out, rank = 233_027, 1024, 9216, 16
+    x = torch.randn(rows, width, **BF16).requires_grad_()
+    weight = torch.randn(out, width, **BF16) * width**-0.5
+    a = (torch.randn(rank, width, device="cuda") * width**-0.5).requires_grad_()
+    b = torch.randn(out, rank, device="cuda").requires_grad_()
+    y = ops.lora_linear(x, weight, a, b, 0.5)
+    dy = torch.zeros_like(y)
+    dy[-3:] = torch.randn(3, out, **BF16)
+    found = torch.autograd.grad(y, (x, a, b), dy)
+    tail = [t.detach().double().requires_grad_() for t in (x[-3:], a, b)]
+    expected = ops.lora_linear_reference(tail[0], weight.double(), *tail[1:], 0.5)
+    assert_tail(y[-3:], expected)
+    dx, da, db = torch.autograd.grad(expected, tail, dy[-3:].double())
+    assert_tail(found[0][-3:], dx)
+    assert not found[0][:-3].any()
+    assert_tail(found[1], da)
+    assert_tail(found[2], db)
+
+
 def test_loss_with_a_chunk_beyond_two_to_the_31(room):
     rows, vocab, width = 16_390, 131_072, 64
     hidden = torch.randn(rows, width, **BF16).requires_grad_()

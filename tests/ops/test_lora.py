@@ -72,6 +72,8 @@ if DEVICE == "cuda":  # large enough for every kernel that is shipped, and not f
         ("real, rank 64", (9216, 9224), 64, HALF, torch.float32, False),
         ("real, rank 16 in bf16", (9216, 9216), 16, HALF, HALF, False),
         ("real, rank 100", (4096,), 100, HALF, HALF, False),
+        ("real, rank 32 in bf16", (4096, 1024, 1024), 32, HALF, HALF, False),
+        ("real, rank 8", (4096, 1024), 8, HALF, torch.float32, False),
         ("real DoRA", (4096, 4096), 16, HALF, torch.float32, True),
     ]
 else:
