@@ -134,6 +134,8 @@ def run(recipe: Recipe, folder: Path, steps: int) -> dict:
         print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
         return row | {"not_run": str(error).splitlines()[0]}
     found = [step for step in read_metrics(ended.folder / METRICS) if "loss" in step]
+    if len(found) < steps:
+        return row | {"not_run": f"stopped after {len(found)} of {steps} steps"}
     timed = found[WARMUP:] or found
     speed = statistics.median(step["tokens_per_s"] for step in timed) / ranks
     return row | {

@@ -2,13 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import recipe_jobs
 import torch
 from pool import run
 
-from m3kernels.bench import overlap, parallel
+from m3kernels.bench import overlap, parallel, parallel_recipes
 
 ROW = {
     "size": "8b", "tp": 1, "seq": 4096, "mode": "full", "peer": "m3kernels", "batch": 1, "recompute": "none", "dp": 1,
@@ -82,6 +83,17 @@ def test_the_table_has_efficiency_overlap_and_old_files(tmp_path):
     assert [line.split(" | ")[5] for line in lines] == ["100 %", "80 %", "–", "100 %"]
     assert "| – | – | 35.0 |" in lines[0] and "| 40 ms, 25 % | 5 ms |" in lines[1] and "| – | 5 ms |" in lines[3]
     assert page.startswith("a<!-- gpus -->") and page.endswith("<!-- /gpus -->b") and "8b, 4096 x 1, lora" in lines[3]
+
+
+def test_a_recipe_that_was_stopped_has_no_speed(tmp_path, monkeypatch):
+    """A time limit's SIGTERM ends a run well, with a file of fewer steps."""
+    alone = {"get_world_size": lambda: 1, "get_rank": lambda: 0, "barrier": lambda: None}
+    monkeypatch.setattr(parallel_recipes, "dist", SimpleNamespace(**alone))
+    monkeypatch.setattr(parallel_recipes, "write_shapes", lambda *_: None)
+    monkeypatch.setattr(parallel_recipes, "finetune", lambda _: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(parallel_recipes, "read_metrics", lambda _: [{"loss": 1.0}])
+    row = parallel_recipes.run(parallel_recipes.Recipe.of("3b-lora"), tmp_path, 2)
+    assert row["not_run"] == "stopped after 1 of 2 steps" and "ms" not in row
 
 
 def test_recipes_run_at_their_tensor_parallelism(tmp_path):
