@@ -124,7 +124,8 @@ def prepared(
 ) -> tuple | None:
     """(launch, rows of A's parts, row where lo begins), or None where this kernel does not take the pass."""
     form = Form.of(layout, rows, sm_count(device))
-    if form is None or width % 8 or stride % 8 or dtype not in (torch.bfloat16, torch.float16):
+    # the copy engine reads rows that begin at 16-byte marks, each at its own
+    if form is None or width % 8 or stride % 8 or not stride or dtype not in (torch.bfloat16, torch.float16):
         return None
     x_tile, a_tile = form.tiles()
     high = form.height // 2 if layout.split else 0
