@@ -7,7 +7,7 @@ from unittest import mock
 
 from torch.distributed.fsdp import FSDPModule
 
-from m3kernels.bench.parallel_runs import Runs
+from m3kernels.bench.parallel_runs import Layout, Runs, layouts
 
 
 @contextlib.contextmanager
@@ -26,3 +26,9 @@ def train(folder: Path, dp: int, wrong: bool) -> str:
     """The name of a run in fp64 of all weights."""
     with averaged(dp) if wrong else contextlib.nullcontext():
         return Runs(folder, "cpu").whole("none", "fp64", (1, dp))
+
+
+def train_everywhere(folder: Path, scheme: str) -> list[tuple[Layout, str, str]]:
+    """(layout of two ranks, the names of its runs in fp64 and bf16)."""
+    runs = Runs(folder, "cpu")
+    return [(at, *(runs.whole(scheme, precision, at) for precision in ("fp64", "bf16_mixed"))) for at in layouts(2)]
