@@ -510,7 +510,7 @@ def test_adapter_parts_and_sums(split, scaled, count):
     """Also each branch's types: the interpreter lets a name have one in each."""
     of_adapters = "*fp32" if split else "*bf16"
     for kernel, constexprs in (
-        (adapter_sums.lora_parts_kernel, {"COUNT": count, "SPLIT": split, "SCALED": scaled, "OVERLAP": False}),
+        (adapter_sums.lora_parts_kernel, {"SPLIT": split, "SCALED": scaled, "OVERLAP": False}),
         (
             adapter_sums.lora_sum_kernel,
             {"COLS": 256, "RANK": 16, "COUNT": count, "SPLIT": split, "SCALED": scaled, "OVERLAP": False},

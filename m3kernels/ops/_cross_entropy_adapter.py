@@ -32,15 +32,14 @@ class LowRank:
         rank, width = self.layout.rank, self.layout.width
         du = self.du[rows, :width]
         if self.layout.split:
-            total = self._both(skinny.product32(dlogits, self.low[:, rank:width]))
-            hi = total.to(du.dtype)
-            du[:, :rank] = du[:, 2 * rank :] = hi
-            du[:, rank : 2 * rank] = total - hi.float()
+            # [hi | lo]
+            total = skinny.joined_parts(skinny.product32(dlogits, self.low[:, rank:width]), self.layout)
+            skinny.store_parts(du, total, self.layout)
         else:
             torch.mm(dlogits, self.low[:, :rank], out=du)
         if self.db.numel():
             found = skinny.product32(dlogits.t(), self.u[rows, : min(width, 2 * rank)])
-            self.db.add_(self._both(found) if self.layout.split else found, alpha=self.scaling)
+            self.db.add_(skinny.joined_parts(found, self.layout), alpha=self.scaling)
 
     def write_dhidden(self, rows: slice, dhidden: Tensor) -> None:
         width = self.layout.width
@@ -58,10 +57,6 @@ class LowRank:
         """A as rows [hi ; hi ; lo]."""
         hi = A.to(dtype)
         return torch.cat([hi, hi, (A - hi.float()).to(dtype)]) if self.layout.split else hi
-
-    def _both(self, parts: Tensor) -> Tensor:
-        """Large and small parts, columns beside each other, added up."""
-        return parts[:, : self.layout.rank] + parts[:, self.layout.rank :]
 
 
 def joined(adapters: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:

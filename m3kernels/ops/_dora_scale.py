@@ -118,7 +118,7 @@ def squares_of(
 
 
 def scales_from(norms: Tensor, magnitudes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What :func:`skinny.finish_scales` returns, of norms (N of all,) in fp32 that were computed elsewhere."""
+    """The (norms, scales) of :func:`skinny.make_parts`, of norms (N of all,) in fp32 that were computed elsewhere."""
     norms = norms.to(magnitudes[0].dtype).float()
     scales = torch.cat([magnitude.float() for magnitude in magnitudes]) / norms
     # the op may not return what it was given

@@ -100,12 +100,24 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def joined_parts(found: Tensor, layout: Layout) -> Tensor:
+    """A product with [hi | lo], both added up; as it is where there are no parts."""
+    return found[:, : layout.rank] + found[:, layout.rank :] if layout.split else found
+
+
+def store_parts(out: Tensor, total: Tensor, layout: Layout) -> None:
+    """``total`` (M, R) in fp32 as [hi | lo | hi]."""
+    rank, hi = layout.rank, total.to(out.dtype)
+    out[:, :rank] = out[:, 2 * rank :] = hi
+    out[:, rank : 2 * rank] = total - hi.float()
+
+
 def by_cublas(layout: Layout, dropout: float, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the skinny products are cuBLAS's."""
     return device.type == "cuda" and not dropout and (dtype == torch.float32 or layout.rank > MOST_AT_ONCE)
 
 
-def _options(config: SkinnyConfig) -> dict:
+def options_of(config: SkinnyConfig) -> dict:
     return {"num_warps": config.warps, "num_stages": config.stages}
 
 
@@ -168,7 +180,7 @@ def _shrink(
         grid,
         (*fill(strides, 0), *fill(widths, 0), *fill(factors, 0.0), rows, rank, *small, dropout, *out)
         + (*fill(lengths, 0), *fill(bases, 0), *fill(others, 0.0), *place, parts_programs, row_blocks, arrivals),
-        form | {"OVERLAP": overlap_meta(device)["OVERLAP"]} | _options(config),
+        form | {"OVERLAP": overlap_meta(device)["OVERLAP"]} | options_of(config),
     )
     return Shrinking(run, size, parts_size)
 
@@ -200,8 +212,8 @@ def _parts(
     device, *_,
 ) -> Prepared:  # fmt: skip
     """``parts``: those of A and B are wanted; ``shares``: of DoRA's squares, 0 without them."""
-    length, rank, count = layout.rank * width, layout.rank, layout.count
-    a_programs = count * cdiv(length, PARTS_BLOCK.value) if parts else 0
+    length, rank = layout.rank * width, layout.rank
+    a_programs = layout.count * cdiv(length, PARTS_BLOCK.value) if parts else 0
     b_programs = sum(cdiv(n * rank, PARTS_BLOCK.value) for n in ns) if parts else 0
     n_programs = cdiv(sum(ns), PARTS_BLOCK.value) if shares else 0
     return Prepared(
@@ -210,12 +222,7 @@ def _parts(
         device,
         (a_programs + b_programs + n_programs,),
         (*fill(scalings, 0.0), *fill(ns, 0), width, rank, layout.padded, high, a_programs, b_programs, shares),
-        {
-            "COUNT": count,
-            "SPLIT": layout.split,
-            "SCALED": shares > 0,
-            "OVERLAP": parts and overlap_meta(device)["OVERLAP"],
-        },
+        {"SPLIT": layout.split, "SCALED": shares > 0, "OVERLAP": parts and overlap_meta(device)["OVERLAP"]},
     )
 
 
@@ -289,8 +296,7 @@ def put_parts(out: Tensor, x: Tensor, small: Tensor, layout: Layout) -> None:
     if not layout.split:
         torch.mm(x, small.to(x.dtype), out=out)
         return
-    rank, hi = layout.rank, small.to(x.dtype)
-    both = product32(x, torch.cat([hi, (small - hi.float()).to(x.dtype)], dim=1))
-    total = both[:, :rank] + both[:, rank:]
-    out[:, :rank] = out[:, 2 * rank :] = hi = total.to(out.dtype)
-    out[:, rank : 2 * rank] = total - hi.float()
+    hi = small.to(x.dtype)
+    store_parts(
+        out, joined_parts(product32(x, torch.cat([hi, (small - hi.float()).to(x.dtype)], dim=1)), layout), layout
+    )

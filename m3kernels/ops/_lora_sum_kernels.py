@@ -13,7 +13,7 @@ from m3kernels.ops._triton import tl, triton
 def lora_parts_kernel(
     p_a1, p_a2, p_a3, p_b1, p_b2, p_b3, p_a, p_low, p_squares, p_m1, p_m2, p_m3, p_norm, p_scale,
     s1, s2, s3, n1, n2, n3, width, rank, padded, high, a_programs, b_programs, shares,
-    COUNT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A of all as rows [hi ; lo] (lo from row ``high`` on), s B of all as [hi | hi | lo], DoRA's norms and scales."""
     if OVERLAP:

@@ -11,10 +11,11 @@ from m3kernels.ops._lora_kernels import PARTS_BLOCK, lora_expand_kernel, lora_ou
 from m3kernels.ops._lora_launch import (
     MOST,
     Layout,
-    _options,
     by_cublas,
     columns_of,
     fill,
+    joined_parts,
+    options_of,
     outer_form,
     precision,
     product32,
@@ -118,7 +119,7 @@ def _outer(
         + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares),
         form
         | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
-        | _options(config)
+        | options_of(config)
         | ({"launch_pdl": True} if overlaps else {}),
     )
     return Summing(run, blocks * groups * shares * config.cols * form["RANK"] * count, blocks * groups)
@@ -177,9 +178,8 @@ def adapter_gradients(
 def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales) -> None:
     rank, ns = layout.rank, [dy.shape[1] for dy in dys]
     parts = slice(0, 2 * rank if layout.split else rank)
-    both = lambda found: found[:, :rank] + found[:, rank:] if layout.split else found
     for j, (dy, db, s) in enumerate(zip(dys, sums.db.split(ns), scalings)):
-        db.copy_(both(product32(dy.T, layout.of_t(t, j)[:, parts])).mul_(s))
+        db.copy_(joined_parts(product32(dy.T, layout.of_t(t, j)[:, parts]), layout).mul_(s))
     # one product for all: x is read once
     found, width = product32(du.T, x), x.shape[1]
     size, strides = sums.da.shape, (layout.padded * width, width, 1)

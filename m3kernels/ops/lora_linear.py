@@ -169,10 +169,9 @@ def _backward(
     else:
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.arrived)
     dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape) if need_x else x.new_empty(0)
-    if plan:
-        adding_up.adapter_gradients(adding, sums, [], x, t, du, layout, scalings, scales, seeds)
-    elif adding:
-        adding_up.adapter_gradients(adding, sums, dys, x, t, du, layout, scalings, scales, seeds)
+    if adding:
+        own = [] if plan else dys
+        adding_up.adapter_gradients(adding, sums, own, x, t, du, layout, scalings, scales, seeds)
     return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dms]
 
 
