@@ -15,7 +15,7 @@ from m3kernels.parallel.collectives import (
 )
 from m3kernels.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from m3kernels.parallel.embedding import vocab_parallel_embedding
-from m3kernels.parallel.local import local
+from m3kernels.parallel.local import linear, linears, local
 from m3kernels.parallel.mesh import ParallelError, group_of, make_mesh
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "all_reduce_sum",
     "copy_to_ranks",
     "group_of",
+    "linear",
+    "linears",
     "local",
     "make_mesh",
     "rank_in",

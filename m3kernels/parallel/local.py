@@ -1,6 +1,10 @@
-"""This rank's part of a parameter, as a plain tensor that a kernel can address."""
+"""This rank's part of a parameter, as a plain tensor that a kernel can address, and products with it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
@@ -21,34 +25,101 @@ def local(parameter: Tensor) -> Tensor:
 
     if not isinstance(parameter, DTensor):
         return parameter
-    mesh, placements = parameter.device_mesh, parameter.placements
-    groups = [mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_replicate()]
     if not torch.compiler.is_compiling():
-        return _Local.apply(parameter, groups)
-    part = parameter.to_local(grad_placements=placements)
-    for group in groups:
+        return _Local.apply(parameter)
+    part = parameter.to_local(grad_placements=parameter.placements)
+    for group in _whole_over(parameter):
         part = copy_to_ranks(part, group)
     return part
 
 
-class _Local(torch.autograd.Function):
-    """``to_local`` and ``copy_to_ranks``: the gradient has the parameter's own spec, which ``to_local`` finds out anew.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` with this rank's parts of parameters, whole or sharded."""
+    plain = type(weight) is nn.Parameter or bias is not None or not torch.is_grad_enabled()
+    if plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, local(weight), None if bias is None else local(bias))
+    return linears(x, weight)[0]
 
-    That takes half of what a sharded parameter costs the host in a step, and there are nine a layer.
+
+def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """``x @ local(weight).T`` of each weight.
+
+    One node of the graph, where each weight has one more by ``local`` and autograd adds up the gradient of x, all tokens of
+    it each time. Not to be traced, and not for autocast.
+    """
+    return _Linears.apply(x, *weights)
+
+
+def gradients_of_linears(
+    x: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor], needs_dx: bool, needs_dws: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Of x, summed over the weights, and of each weight."""
+    dx, dws, rows = None, [], x.flatten(0, -2)
+    for dy, weight, needs in zip(dys, weights, needs_dws):
+        dy = dy.flatten(0, -2)
+        if needs_dx:
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        dws.append(dy.t() @ rows if needs else None)
+    return None if dx is None else dx.view(x.shape), dws
+
+
+def _whole_over(parameter: Tensor) -> list[ProcessGroup]:
+    """The groups whose ranks all hold the whole of what a DTensor is to them."""
+    mesh = parameter.device_mesh
+    return [mesh.get_group(dim) for dim, placement in enumerate(parameter.placements) if placement.is_replicate()]
+
+
+class _Part(NamedTuple):
+    """What a parameter's local gradient must become to be the parameter's: nothing, where it is no DTensor.
+
+    ``to_local`` finds out the spec anew, which takes half of what a sharded parameter costs the host in a step.
     """
 
+    spec: object
+    groups: list[ProcessGroup]
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> tuple[Tensor, "_Part | None"]:
+        if type(parameter) in (nn.Parameter, Tensor):
+            return parameter, None
+        return parameter._local_tensor, cls(parameter._spec, _whole_over(parameter))
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        for group in self.groups:
+            grad = all_reduce_sum(grad, group)
+        # strides are those of the spec
+        return DTensor(grad.contiguous(), self.spec, requires_grad=False)
+
+
+class _Local(torch.autograd.Function):
+    """``to_local`` and ``copy_to_ranks``."""
+
     @staticmethod
-    def forward(ctx, parameter: Tensor, groups: list[ProcessGroup]) -> Tensor:
-        ctx.spec, ctx.groups = parameter._spec, groups
-        part = parameter._local_tensor
+    def forward(ctx, parameter: Tensor) -> Tensor:
+        part, ctx.part = _Part.of(parameter)
         return part.view_as(part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        from torch.distributed.tensor import DTensor
+        return ctx.part.gradient(grad)
 
-        for group in ctx.groups:
-            grad = all_reduce_sum(grad, group)
-        # strides are those of the spec
-        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False), None
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor):
+        parts, ctx.parts = zip(*map(_Part.of, weights))
+        ctx.save_for_backward(x, *parts)
+        return tuple(F.linear(x, part) for part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys: Tensor):
+        x, *weights = ctx.saved_tensors
+        needs_dx, *needs_dws = ctx.needs_input_grad
+        dx, dws = gradients_of_linears(x, dys, weights, needs_dx, needs_dws)
+        return dx, *(part.gradient(dw) if part and dw is not None else dw for part, dw in zip(ctx.parts, dws))
+
+

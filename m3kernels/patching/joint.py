@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from m3kernels.parallel import local
+from m3kernels import parallel
+from m3kernels.parallel.local import gradients_of_linears
 from m3kernels.patching.classes import has_hooks, is_plain
 
 # by the id of the first parameter, as long as that lives; an attribute of it would be copied and saved along
@@ -84,7 +85,7 @@ def linears(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...] | None:
     """
     if len(layers) < 2 or not torch.is_grad_enabled() or not _are_linear(x, layers):
         return None
-    return _Linears.apply(x, *(local(layer.weight) for layer in layers))
+    return parallel.linears(x, *(layer.weight for layer in layers))
 
 
 class _JointLinear(torch.autograd.Function):
@@ -108,38 +109,8 @@ class _JointLinear(torch.autograd.Function):
             dx = (dy @ whole).view(x.shape) if needs_dx else None
             dws = (dy.t() @ x.flatten(0, -2)).split(ctx.sizes) if needs_dw else [None] * len(ctx.sizes)
             return dx, None, None, *dws
-        dx, dws = _gradients(x, dys, whole.split(ctx.sizes), needs_dx, ctx.needs_input_grad[3:])
+        dx, dws = gradients_of_linears(x, dys, whole.split(ctx.sizes), needs_dx, ctx.needs_input_grad[3:])
         return dx, None, None, *dws
-
-
-class _Linears(torch.autograd.Function):
-    """``x @ weight.T`` of each weight."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor):
-        ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, weight) for weight in weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *dys: Tensor):
-        x, *weights = ctx.saved_tensors
-        needs_dx, *needs_dws = ctx.needs_input_grad
-        dx, dws = _gradients(x, dys, weights, needs_dx, needs_dws)
-        return dx, *dws
-
-
-def _gradients(
-    x: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor], needs_dx: bool, needs_dws: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Of x, summed over the weights, and of each weight."""
-    dx, dws, rows = None, [], x.flatten(0, -2)
-    for dy, weight, needs in zip(dys, weights, needs_dws):
-        dy = dy.flatten(0, -2)
-        if needs_dx:
-            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        dws.append(dy.t() @ rows if needs else None)
-    return None if dx is None else dx.view(x.shape), dws
 
 
 def joint_linear(x: Tensor, whole: Tensor, *layers: nn.Linear, split: bool) -> Tensor | tuple[Tensor, ...]:

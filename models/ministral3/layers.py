@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from m3kernels.models.ministral3.cache import KVCache
 from m3kernels.ops._recompute import forget
 from m3kernels.ops.attention import visible
-from m3kernels.parallel import local
+from m3kernels.parallel import linear, local
 
 # T tokens, D hidden, F intermediate, H query heads, G key-value heads, K head_dim, V vocabulary.
 # t: the tokens of this rank, where the sequence is split over tensor-parallel ranks; T otherwise. Heads, F and V are
@@ -25,7 +25,7 @@ class Linear(nn.Linear):
     is_plain_linear = True  # adapters and joint products may take its weight for what it computes
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
