@@ -121,5 +121,3 @@ class _Linears(torch.autograd.Function):
         needs_dx, *needs_dws = ctx.needs_input_grad
         dx, dws = gradients_of_linears(x, dys, weights, needs_dx, needs_dws)
         return dx, *(part.gradient(dw) if part and dw is not None else dw for part, dw in zip(ctx.parts, dws))
-
-

@@ -6,7 +6,6 @@ weights have come apart (a copy, a cast, FSDP's own buffers, shards), each has i
 """
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
