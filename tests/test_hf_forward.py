@@ -93,12 +93,12 @@ def test_forward_and_gradients(make, attention, window, device):
     assert_parity(ours, plain, place(make(plain), device))
 
 
-@pytest.mark.slow  # compiles flex_attention
 def test_flex_attention(device):
     if device == "cuda":
         pytest.skip("Inductor's flex_attention refuses these models' head of 10")
+    # transformers compiles flex_attention, which takes 50 s and is not what is tested
     plain, ours = twins(attention="flex_attention", device=device)
-    with torch.no_grad():  # it has no backward on CPU
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it has no backward on CPU
         assert_both(ours, plain, lambda model: model(**_left(model)))
 
 

@@ -28,7 +28,7 @@ VOCAB = 1400
 # quick and exact
 OPTIONS = (
     "train.precision=fp64 train.train_iters=4 train.global_batch_size=4 dataset.num_workers=0 dataset.seq_length=512 "
-    "optimizer.lr=1e-2 optimizer.adam_eps=1e-4 scheduler.lr_warmup_iters=2 validation.eval_interval=0 "
+    "optimizer.lr=1e-2 optimizer.adam_eps=1e-4 scheduler.lr_warmup_iters=2 validation.eval_interval=0 validation.eval_iters=2 "
     "checkpoint.save_interval=0 train.timeout_minutes=2 train.device=cpu"
 )
 

@@ -79,14 +79,11 @@ def test_the_documented_command(tmp_path):
     assert trained and all(x.any() for x in trained)
 
 
-@pytest.mark.parametrize("async_save", [False, True])
-def test_killed_ranks_are_restarted_and_end_with_the_same_bits(checkpoint, tmp_path, straight, async_save):
-    saving = f"{SAVING} checkpoint.async_save={async_save}"
-    faults = "dies_in_step:1:2" if async_save else "dies_with_half_a_file:0:2"
-    arguments = [*runs.arguments(checkpoint, saving), f"dir={tmp_path}"]
-    out = torchrun(FAULTY, arguments, "--max-restarts=1", faults=faults)
-    assert "exitcode: -9" in out and same(tmp_path / "default", straight)
-    assert "resumed from" in out or async_save
+def test_killed_ranks_are_restarted_and_end_with_the_same_bits(checkpoint, tmp_path, straight):
+    """Here while a file is written; at other moments, and saving in the background, in ``test_stops``."""
+    arguments = [*runs.arguments(checkpoint, SAVING), f"dir={tmp_path}"]
+    out = torchrun(FAULTY, arguments, "--max-restarts=1", faults="dies_with_half_a_file:0:2")
+    assert "exitcode: -9" in out and "resumed from" in out and same(tmp_path / "default", straight)
 
 
 def test_sigterm_saves_and_a_later_start_goes_on(checkpoint, tmp_path, straight):
