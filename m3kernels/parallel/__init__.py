@@ -15,7 +15,7 @@ from m3kernels.parallel.collectives import (
 )
 from m3kernels.parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from m3kernels.parallel.embedding import vocab_parallel_embedding
-from m3kernels.parallel.local import linear, linears, local
+from m3kernels.parallel.local import linear, linears, local, summed_together
 from m3kernels.parallel.mesh import ParallelError, group_of, make_mesh
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "rank_in",
     "reduce_scatter_tokens",
     "size_of",
+    "summed_together",
     "vocab_parallel_embedding",
     "vocab_parallel_linear_cross_entropy",
 ]

@@ -1,6 +1,8 @@
 """This rank's part of a parameter, as a plain tensor that a kernel can address, and products with it."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -26,11 +28,36 @@ def local(parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
     if not torch.compiler.is_compiling():
-        return _Local.apply(parameter)
+        if not (parameter.requires_grad and torch.is_grad_enabled()):
+            return parameter._local_tensor
+        part = getattr(_together, "parts", {}).get(id(parameter))
+        return _Local.apply(parameter) if part is None else part
     part = parameter.to_local(grad_placements=parameter.placements)
     for group in _whole_over(parameter):
         part = copy_to_ranks(part, group)
     return part
+
+
+_together = threading.local()
+# elements of gradients that are copied into one collective
+BUCKET = 1 << 24
+
+
+@contextmanager
+def summed_together(parameters: Iterable[Tensor], group: ProcessGroup) -> Iterator[None]:
+    """Inside, :func:`local` gives parts of these parameters whose gradients are summed together, when the backward has all.
+
+    One by one they are a collective each, in the way of the backward: 70 of them in a model of 34 layers, of 4,096 numbers.
+
+    Args:
+        parameters: DTensors that the ranks of ``group`` hold whole, and no others share.
+    """
+    chosen = [parameter for parameter in parameters if parameter.requires_grad]
+    _together.parts = dict(zip(map(id, chosen), _Together.apply(group, *chosen))) if chosen else {}
+    try:
+        yield
+    finally:
+        _together.parts = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,6 +119,9 @@ class _Part(NamedTuple):
         # strides are those of the spec
         return DTensor(grad.contiguous(), self.spec, requires_grad=False)
 
+    def without_sum(self) -> "_Part":
+        return _Part(self.spec, [])
+
 
 class _Local(torch.autograd.Function):
     """``to_local`` and ``copy_to_ranks``."""
@@ -105,6 +135,40 @@ class _Local(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         return ctx.part.gradient(grad)
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group: ProcessGroup, *parameters: Tensor):
+        parts, given = zip(*map(_Part.of, parameters))
+        ctx.group, ctx.parts = group, [part.without_sum() for part in given]
+        ctx.set_materialize_grads(False)
+        return tuple(part.view_as(part) for part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        sums = iter(_sums([grad for grad in grads if grad is not None], ctx.group))
+        return None, *(None if grad is None else part.gradient(next(sums)) for part, grad in zip(ctx.parts, grads))
+
+
+def _sums(grads: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Each summed over ranks; neighbours of one dtype go as one."""
+    found, bucket = [], []
+
+    def send() -> None:
+        summed = all_reduce_sum(torch.cat([grad.reshape(-1) for grad in bucket]), group)
+        parts = summed.split([grad.numel() for grad in bucket])
+        found.extend(part.view(grad.shape) for part, grad in zip(parts, bucket))
+        bucket.clear()
+
+    for grad in grads:
+        if bucket and (grad.dtype != bucket[0].dtype or sum(g.numel() for g in bucket) + grad.numel() > BUCKET):
+            send()
+        bucket.append(grad)
+    if bucket:
+        send()
+    return found
 
 
 class _Linears(torch.autograd.Function):

@@ -187,7 +187,9 @@ def _describe_attention(base: nn.Module) -> list[str]:
     parameter = next(base.parameters(), torch.empty(0))
     if parameter.device.type != "cuda" or why_no_triton("cuda"):
         return ["attention by m3kernels on a GPU; elsewhere by the implementation that the model had"]
-    return ["attention by shape class:", *("  " + line for line in explain(parameter.device, parameter.dtype))]
+    # FSDP2 may store weights in one dtype and gather them in another
+    dtype = getattr(getattr(base, "layout", None), "dtype", None) or parameter.dtype
+    return ["attention by shape class:", *("  " + line for line in explain(parameter.device, dtype))]
 
 
 def patch(

@@ -1,10 +1,11 @@
 """The steps of a run, and everything that happens between them: saving, evaluating, stopping, telling."""
 
+import gc
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +33,21 @@ from m3kernels.models.float64 import float64_islands
 from m3kernels.parallel import rank_in, size_of
 
 GIB = 2**30
+GARBAGE_STEPS = 50
 T = TypeVar("T")
+
+
+@contextmanager
+def collecting_garbage_together() -> Iterator[None]:
+    """No garbage is collected inside but by calls: Python's own collections come at other steps on each rank, and all wait."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class Run:
@@ -143,7 +158,8 @@ class Run:
             self.say(
                 f"{self.progress.step} steps are over already: raise train.train_iters to go on, or take another name"
             )
-        with closing(step_batches(self.data.train, self.progress.step, iters, **self._share_of_data())) as batches:
+        batches = step_batches(self.data.train, self.progress.step, iters, **self._share_of_data())
+        with closing(batches), collecting_garbage_together():
             while self.progress.step < iters and not self.stopping:
                 loss = self._step(batches, loss)
         watch.beat("the end of the last checkpoint")
@@ -183,6 +199,8 @@ class Run:
                 f"{skipped} steps were skipped for NaN or Inf; train.max_skipped is {most}. {self._last_checkpoint()}"
             )
         self._after_step()
+        if progress.step % GARBAGE_STEPS == 0:
+            gc.collect(1)
         return result.loss
 
     def _next(self, batches: Iterator[StepBatch]) -> tuple[StepBatch, Shared]:

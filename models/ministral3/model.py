@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -304,7 +305,9 @@ class Ministral3(ModelMethods, nn.Module):
         else:
             x_tD = tokens.rows(embeds)
         x_tD = self.place_images(x_tD, tokens.ids_T, pixels, image_sizes, group)
-        return self.model.language_model(x_tD, tokens, cache, group)
+        text = self.model.language_model
+        with nullcontext() if self.layout is None else self.layout.summed_together(text):
+            return text(x_tD, tokens, cache, group)
 
     def place_images(
         self,

@@ -1,5 +1,6 @@
 """Sharding a model over a mesh: tensor parallelism by the table, FSDP2 over the batch."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,7 +17,7 @@ from m3kernels.models.ministral3.adapted import adapted_layers
 from m3kernels.models.ministral3.merging import MAGNITUDE
 from m3kernels.models.ministral3.model import Ministral3
 from m3kernels.models.ministral3.shards import part_of
-from m3kernels.parallel import ParallelError, group_of
+from m3kernels.parallel import ParallelError, group_of, summed_together
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Layout:
     Attributes:
         mesh: dimensions "tp", "dp", and "dp_replicate" where whole groups of shards are repeated.
         shards_vision: whether FSDP2 has parts of the vision tower, so that every rank must run it in every forward.
+        dtype: what FSDP2 gathers weights in; None for their own.
     """
 
     mesh: DeviceMesh
     shards_vision: bool
+    dtype: torch.dtype | None = None
 
     @cached_property
     def tp_group(self) -> ProcessGroup | None:
@@ -51,6 +54,16 @@ class Layout:
         side = vision.spatial_merge_size
         blank = x_tD.new_zeros(1, vision.num_channels, side * vision.patch_size, side * vision.patch_size)
         return x_tD + 0 * model.model.image_features(blank, ((side, side),)).sum().to(x_tD.dtype)
+
+    def summed_together(self, text: nn.Module) -> AbstractContextManager:
+        """For a forward of ``text``: gradients of what tensor-parallel ranks hold whole are summed together, at the end.
+
+        Not where FSDP2 has them: it wants each layer's when that layer's backward is over.
+        """
+        if self.tp_group is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nullcontext()
+        sharded = [p for p in text.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1]
+        return summed_together([p for p in sharded if p.placements[0].is_replicate()], self.tp_group)
 
     def __deepcopy__(self, memo) -> "Layout":
         return self
@@ -104,7 +117,7 @@ def parallelize(
             kept |= {p for p in model.parameters() if not p.requires_grad}
         options = {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
         _fully_shard(model, batch, shards_vision, kept, **options)
-    model.layout = Layout(mesh, shards_vision)
+    model.layout = Layout(mesh, shards_vision, param_dtype if batch.size() > 1 else None)
     return model
 
 

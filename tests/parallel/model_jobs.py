@@ -15,7 +15,7 @@ import m3kernels
 from m3kernels.models.ministral3 import Ministral3, layers
 from m3kernels.models.ministral3.parallel import parallelize
 from m3kernels.models.ministral3.recompute import RUN, set_recompute
-from m3kernels.parallel import make_mesh
+from m3kernels.parallel import collectives, make_mesh
 from models import distance, float64_islands, text_batch, vlm_batch
 
 # eight query heads over four of keys, so that four ranks can share them; a vocabulary of four parts
@@ -119,6 +119,19 @@ def recomputed(tp: int, dp: int, patched: bool) -> dict[str, dict]:
         grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         found[mode] = {"loss": loss.detach(), **grads}
     return found
+
+
+def reductions() -> list[int]:
+    """How many all-reduces the backward of a language model has at tp 2: as it is, and where each parameter has its own."""
+    model = parallelize(twin("text"), make_mesh(2, device_type="cpu"))
+    (batch,), counts = batches(model, "text", 1), []
+    for together in (model.layout.summed_together, lambda _: nullcontext()):
+        with mock.patch.object(type(model.layout), "summed_together", lambda _, text, of=together: of(text)):
+            loss = model(**batch).loss
+        with mock.patch.object(collectives.dist, "all_reduce", wraps=dist.all_reduce) as seen:
+            loss.backward()
+        counts.append(seen.call_count)
+    return counts
 
 
 def part_alone(parameter: Tensor) -> Tensor:

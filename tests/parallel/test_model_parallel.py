@@ -55,6 +55,12 @@ def test_a_whole_parameter_whose_gradient_is_not_summed_is_seen():
         assert distance(many[name], one[name]) > 1e-2
 
 
+def test_whole_parameters_are_summed_in_one_collective():
+    for together, apart in run(2, jobs.reductions):
+        # two norms a layer, and the last
+        assert apart - together == 4
+
+
 @pytest.mark.parametrize("size, tp, dp", [("3b", 1, 2), ("3b", 2, 2), ("14b", 4, 1), ("14b", 2, 2)])
 def test_weights_are_read_into_shards(tmp_path, size, tp, dp):
     from m3kernels.models.ministral3 import Ministral3
