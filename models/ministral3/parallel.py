@@ -58,12 +58,13 @@ class Layout:
     def summed_together(self, text: nn.Module) -> AbstractContextManager:
         """For a forward of ``text``: gradients of what tensor-parallel ranks hold whole are summed together, at the end.
 
-        Not where FSDP2 has them: it wants each layer's when that layer's backward is over.
+        Not where the batch is split: FSDP2 wants each layer's when that layer's backward is over.
         """
-        if self.tp_group is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        alone = self.tp_group is not None and self.batch_group is None
+        if not (alone and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return nullcontext()
-        sharded = [p for p in text.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1]
-        return summed_together([p for p in sharded if p.placements[0].is_replicate()], self.tp_group)
+        whole = (p for p in text.parameters() if isinstance(p, DTensor) and p.placements[0].is_replicate())
+        return summed_together(whole, self.tp_group)
 
     def __deepcopy__(self, memo) -> "Layout":
         return self
