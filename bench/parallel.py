@@ -51,6 +51,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "parallel.md"
 BEGIN, END = "<!-- gpus -->", "<!-- /gpus -->"
 OURS, HF_TP, HF_LIGER = "m3kernels", "hf tp_plan", "hf+liger"
 PEERS = (OURS, HF_TP, HF_LIGER)
+MODES = ("full", "lora", "dora")
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", nargs="+", choices=tuple(SIZES), default=["3b"])
     parser.add_argument("--tp", nargs="+", type=int, default=[1])
     parser.add_argument("--seq", nargs="+", type=int, default=[4096])
-    parser.add_argument("--mode", nargs="+", choices=("full", "lora", "dora"), default=["full"])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["full"])
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=[OURS])
     parser.add_argument("--batch", type=int, default=1, help="rows on each data-parallel rank")
     parser.add_argument("--recompute", choices=tuple(RUN), default="none")
@@ -244,28 +245,37 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def with_table(text: str, files: list[Path]) -> str:
-    """The page with its table made anew from result files; efficiency is a peer's beside its own on one GPU."""
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    # files of before there were peers
-    rows = [{"mode": "full", "peer": OURS} | row for row in rows if "failed" not in row]
-    cell = operator.itemgetter("size", "seq", "batch", "recompute", "mode", "peer")
-    alone = {cell(row): row["tokens_per_s_gpu"] for row in rows if row["tp"] * row["dp"] == 1}
+    """The page with its table made anew from result files, in their order: what is measured again replaces what was.
+
+    Efficiency is a peer's beside its own on one GPU, in the same file.
+    """
+    where = operator.itemgetter("size", "seq", "batch", "recompute", "mode", "peer")
+    rows, shares = {}, {}
+    for file in files:
+        # files of before there were peers
+        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        read = [{"mode": "full", "peer": OURS, "keep": False} | row for row in lines if "failed" not in row]
+        alone = {where(row): row["tokens_per_s_gpu"] for row in read if row["tp"] * row["dp"] == 1}
+        for row in read:
+            cell = (*where(row), row["tp"], row["dp"], row["keep"])
+            rows[cell] = row
+            shares[cell] = f"{100 * row['tokens_per_s_gpu'] / alone[where(row)]:.0f} %" if where(row) in alone else "–"
     lines = [
         "| model, tokens | peer | tp x dp | ms a step | tokens/s a GPU | of one GPU | collectives, hidden | idle | "
         "peak GiB a GPU | loss | gradient norm |"
     ]
     lines.append("|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        share = f"{100 * row['tokens_per_s_gpu'] / alone[cell(row)]:.0f} %" if cell(row) in alone else "–"
+    places = {name: i for i, name in enumerate((*SIZES, *MODES, *PEERS, *RUN))}
+    for cell, row in sorted(rows.items(), key=lambda item: [places.get(value, value) for value in item[0]]):
         what = f"{row['size']}, {row['seq']} x {row['batch']}" + ("" if row["mode"] == "full" else f", {row['mode']}")
-        what += ", kept" if row.get("keep") else ""
+        what += "" if row["recompute"] == "none" else f", recompute {row['recompute']}"
+        what += ", kept" if row["keep"] else ""
         lines.append(
             f"| {what} | {row['peer']} | {row['tp']} x {row['dp']} | {row['ms']:.0f} | {row['tokens_per_s_gpu']:.0f} | "
-            f"{share} | {told_traced(row)} | {row['peak_gib']:.1f} | {row['loss']:.4f} | {row['grad_norm']:.3f} |"
+            f"{shares[cell]} | {told_traced(row)} | {row['peak_gib']:.1f} | {row['loss']:.4f} | {row['grad_norm']:.3f} |"
         )
-    of = f"{rows[0]['gpu']}, torch {rows[0]['torch']}, NCCL {rows[0]['nccl']}; " + ", ".join(
-        f"`{f.name}`" for f in files
-    )
+    some = next(iter(rows.values()))
+    of = f"{some['gpu']}, torch {some['torch']}, NCCL {some['nccl']}; " + ", ".join(f"`{f.name}`" for f in files)
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{of}.\n{END}{rest.split(END)[1]}"
 

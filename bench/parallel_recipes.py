@@ -5,6 +5,8 @@
 All weights of the 3B at tp 1, the 8B at tp 2, the 14B at tp 4; LoRA at 1, 1 and 2; data parallel over the other processes.
 Weights are random and drawn on the GPUs, nothing is saved. Rows are appended to the file by rank 0; of a configuration that
 cannot run the row says why.
+
+    python -m m3kernels.bench.parallel_recipes --report FILE.ndjson ...     # the table in docs/parallel.md, from kept files
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 from m3kernels.bench.model_shapes import SIZES, vlm_config
-from m3kernels.bench.parallel import fill
+from m3kernels.bench.parallel import DOCS, fill
 from m3kernels.bench.results import commit
 from m3kernels.cli.demo_data import write_tokenizer
 from m3kernels.models import recipes
@@ -43,8 +45,10 @@ from m3kernels.models.ministral3.merging import is_adapter
 from m3kernels.models.ministral3.weights import SINGLE, Checkpoint, expected_shapes
 from m3kernels.patching.rules import prepare
 
+BEGIN, END = "<!-- recipes -->", "<!-- /recipes -->"
 WARMUP = 5
 PRECISIONS = ("bf16_mixed", "bf16_stochastic")
+TRAINED = {"none": "all weights"}
 # what needs the most memory comes last: what is left of the processes after an error is not sure to run
 NAMES = ("3b-lora", "8b-lora", "14b-lora", "3b-none", "14b-none", "8b-none")
 
@@ -167,13 +171,45 @@ def show(row: dict) -> str:
     )
 
 
+def with_table(text: str, files: list[Path]) -> str:
+    """The page with its table made anew from result files, in their order: what ran again replaces what did not."""
+    rows = {}
+    for file in files:
+        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            rows[row["size"], row["scheme"], row["precision"]] = row
+    lines = [
+        "| model | trained | precision | tp x dp | optimizer | ms a step | tokens a step | tokens/s a GPU | peak GiB a GPU | "
+        "loss, first to last |"
+    ]
+    lines.append("|---|---|---|---|---|---:|---:|---:|---:|---:|")
+    for row in rows.values():
+        what = f"| {row['size']} | {TRAINED.get(row['scheme'], row['scheme'])} | {row['precision']} |"
+        if "not_run" in row:
+            lines.append(f"{what} {row['tp']} x – | – | – | – | – | – | {row['not_run'].split(':')[0]} |")
+            continue
+        lines.append(
+            f"{what} {row['tp']} x {row['dp']} | {row['optimizer']} | {row['ms']:.0f} | {row['tokens']:.0f} | "
+            f"{row['tokens_per_s_gpu']:.0f} | {row['peak_gib']:.1f} | {row['first_loss']:.2f} to {row['last_loss']:.2f} |"
+        )
+    some = next(row for row in rows.values() if "gpu" in row)
+    of = f"{some['gpu']}, torch {some['torch']}; " + ", ".join(f"`{f.name}`" for f in files)
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{of}.\n{END}{rest.split(END)[1]}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where rows are appended")
+    parser.add_argument("--out", type=Path, help="where rows are appended")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="run nothing, write the docs' table")
     args = parser.parse_args(argv)
+    if args.report:
+        DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8"), args.report), encoding="utf-8")
+        return 0
+    if args.out is None:
+        parser.error("--out is missing: the file that rows are appended to")
     # the parent is torchrun, of all ranks
     folder = Path(tempfile.gettempdir()) / f"m3kernels-recipes-{os.getppid()}"
     with process_group(5) as process:

@@ -1,5 +1,6 @@
 """examples/parallel.py and docs/parallel.md: as a user runs them, and that what is printed is the code's."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m3kernels.bench import parallel
+from m3kernels.bench import parallel, parallel_recipes
 from m3kernels.models.ministral3 import sharding
 
 ROOT = Path(__file__).parents[2]
@@ -39,11 +40,23 @@ def test_the_docs_have_the_table_of_the_code():
     assert printed == sharding.table(), "run: python -m m3kernels.models.ministral3.sharding"
 
 
-def test_the_docs_have_the_table_of_the_files():
+@pytest.mark.parametrize("bench", [parallel, parallel_recipes], ids=["speeds", "recipes"])
+def test_the_docs_have_the_tables_of_the_files(bench):
     page = parallel.DOCS.read_text(encoding="utf-8")
-    names = re.findall(r"`([\w.-]+\.ndjson)`", page)
-    files = [next(ROOT.glob(f"bench/results/*/{name}")) for name in names]
-    assert files and parallel.with_table(page, files) == page, "run: python -m m3kernels.bench.parallel --report FILES"
+    block = page.split(bench.BEGIN)[1].split(bench.END)[0]
+    files = [next(ROOT.glob(f"bench/results/*/{name}")) for name in re.findall(r"`([\w.-]+\.ndjson)`", block)]
+    assert files and bench.with_table(page, files) == page, f"run: python -m {bench.__name__} --report FILES"
+
+
+def test_a_later_file_replaces_what_an_earlier_one_measured(tmp_path):
+    row = {"size": "3b", "seq": 4096, "batch": 1, "recompute": "none", "tp": 1, "dp": 1, "ms": 2.0, "peak_gib": 1.0}
+    row |= {"tokens_per_s_gpu": 100.0, "loss": 1.0, "grad_norm": 1.0, "gpu": "G", "torch": "2", "nccl": "2"}
+    files = [tmp_path / "a.ndjson", tmp_path / "b.ndjson"]
+    for file, one, two in zip(files, (100.0, 200.0), (60.0, 190.0)):
+        rows = [row | {"tokens_per_s_gpu": one}, row | {"dp": 2, "tokens_per_s_gpu": two}]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    page = parallel.with_table(f"{parallel.BEGIN}{parallel.END}", files)
+    assert "95 %" in page and "60 %" not in page and page.count("| 3b,") == 2
 
 
 def test_every_parameter_is_in_one_row():
