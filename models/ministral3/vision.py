@@ -80,6 +80,12 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
         """(images, channels, height, width), each padded below and to the right, to (P, D)."""
+        # a frozen tower is run as in inference: its ops need not look for what a backward would want
+        recorded = pixels.requires_grad or any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
+            return self.features(pixels, grids)
+
+    def features(self, pixels: Tensor, grids: Grids) -> Tensor:
         x_PD, _ = self.ln_pre(self.patch_conv(pixels, grids))
         table_PK = rotary_2d_table(self.inv_freq.on(x_PD.device), places(grids, x_PD.device))
         lengths = tuple(rows * columns for rows, columns in grids)

@@ -136,6 +136,24 @@ def test_packed_images():
     assert distance(ours(**packed, **images).logits, hf(**batch).logits[mask]) <= FP64
 
 
+def test_a_frozen_tower_records_nothing_but_what_pixels_want():
+    hf, ours = (model.train() for model in twins("vlm", dtype=torch.float64))
+    for model in (hf, ours):
+        model.model.vision_tower.requires_grad_(False)
+    features = []
+    ours.model.vision_tower.register_forward_hook(lambda *seen: features.append(seen[2]))
+    batch = vlm_batch(ours, [[(2, 3)], [(1, 2)]])
+    ours(**batch).loss.backward()
+    assert not features[0].requires_grad and ours.model.multi_modal_projector.linear_1.weight.grad is not None
+    grads = []
+    for model in (hf, ours):
+        pixels = batch["pixel_values"].detach().clone().requires_grad_()
+        with float64_islands():
+            model(**{**batch, "pixel_values": pixels}).loss.backward()
+        grads.append(pixels.grad)
+    assert features[1].requires_grad and distance(grads[1], grads[0]) <= FP64
+
+
 @DTYPES
 @pytest.mark.parametrize("chunks", [[21], [20, 1], [1] * 5 + [16], [8, 8, 5], [3, 1, 1, 9, 7]], ids=str)
 def test_cached_and_chunked_prefill(dtype, chunks):
