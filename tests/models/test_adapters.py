@@ -469,8 +469,7 @@ TOGETHER = [3, 1, 2, 1]
 
 
 @interpreter
-@both
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("dora, order", [(False, "before"), (True, "after")])
 def test_kernels(kind, dora, order, calls):
     hf, plain = adapted(kind, torch.float32, dora=dora)
     ours = copy.deepcopy(plain)

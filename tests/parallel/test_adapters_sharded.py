@@ -67,8 +67,7 @@ def test_ranks_of_a_column_layer_drop_alike_and_those_of_a_row_layer_do_not():
 
 
 @pytest.mark.interpreter
-@both
-@pytest.mark.parametrize("tp, dp", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("dora, tp, dp", [(True, 2, 1), (False, 1, 2)])
 def test_with_kernels(dora, tp, dp):
     """q, k, v and gate, up go together under sharding; a row layer's DoRA norm comes from all ranks."""
     layers = [3, 1, 2, 1] * 2
