@@ -21,11 +21,7 @@ def local(parameter: Tensor) -> Tensor:
     backward. Leaving that out is silent. Leaving it to later, as a Partial gradient, is no better: foreach AdamW, which
     CUDA takes by default, squares the parts instead of the whole in torch 2.11.
     """
-    if type(parameter) in (nn.Parameter, Tensor):
-        return parameter
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
+    if not _is_sharded(parameter):
         return parameter
     if not torch.compiler.is_compiling():
         if not (parameter.requires_grad and torch.is_grad_enabled()):
@@ -62,8 +58,8 @@ def summed_together(parameters: Iterable[Tensor], group: ProcessGroup) -> Iterat
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` with this rank's parts of parameters, whole or sharded."""
-    plain = type(weight) is nn.Parameter or bias is not None or not torch.is_grad_enabled()
-    if plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    whole = not _is_sharded(weight) or bias is not None or not torch.is_grad_enabled()
+    if whole or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, local(weight), None if bias is None else local(bias))
     return linears(x, weight)[0]
 
@@ -90,6 +86,15 @@ def gradients_of_linears(
     return None if dx is None else dx.view(x.shape), dws
 
 
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor; which most are not, and a program without shards need not import."""
+    if type(parameter) in (nn.Parameter, Tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
 def _whole_over(parameter: Tensor) -> list[ProcessGroup]:
     """The groups whose ranks all hold the whole of what a DTensor is to them."""
     mesh = parameter.device_mesh
@@ -107,7 +112,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, parameter: Tensor) -> tuple[Tensor, "_Part | None"]:
-        if type(parameter) in (nn.Parameter, Tensor):
+        if not _is_sharded(parameter):
             return parameter, None
         return parameter._local_tensor, cls(parameter._spec, _whole_over(parameter))
 

@@ -40,14 +40,16 @@ T = TypeVar("T")
 @contextmanager
 def collecting_garbage_together() -> Iterator[None]:
     """No garbage is collected inside but by calls: Python's own collections come at other steps on each rank, and all wait."""
+    enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
         gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 class Run:

@@ -1,5 +1,6 @@
 """Batches made by workers: the same as without, in order, and an end that names the step."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -17,6 +18,7 @@ from data_fakes import FakeEncoder, FakeSource, FakeStream, ids_of
 from m3kernels.models.finetune.config import FinetuneError
 from m3kernels.models.finetune.data.loader import step_batches
 from m3kernels.models.finetune.data.plan import Plan
+from m3kernels.models.finetune.run import collecting_garbage_together
 
 LENGTHS = [3 + (7 * i) % 23 for i in range(50)]
 
@@ -203,6 +205,19 @@ def test_a_plan_can_be_sent_to_a_worker():
         plan = make_plan(source)
         plan.batch(0, 0, 1)
         assert told(pickle.loads(pickle.dumps(plan)).batch(2, 0, 1)) == told(plan.batch(2, 0, 1))
+
+
+class WantsGarbageCollected(FakeSource):
+    def __getitem__(self, i: int) -> dict:
+        assert gc.isenabled()
+        return super().__getitem__(i)
+
+
+def test_workers_collect_garbage_where_their_rank_does_not():
+    batches = step_batches(make_plan(WantsGarbageCollected(LENGTHS)), 0, 2, rank=0, ranks=1, num_workers=1)
+    with collecting_garbage_together():
+        assert not gc.isenabled() and len(list(batches)) == 2
+    assert gc.isenabled() and not gc.get_freeze_count()
 
 
 def test_evaluation_by_workers():

@@ -1,6 +1,7 @@
 """Batches of one step after the other, made ahead by worker processes."""
 
 import dataclasses
+import gc
 import signal
 import traceback
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def _fetched(steps: _Steps, workers: int, prefetch: int) -> Iterator[StepBatch |
         yield from (steps[i] for i in range(len(steps)))
         return
     # with its own generator: DataLoader draws a seed, and dropout would differ with the number of workers
-    options = {"generator": torch.Generator(), "worker_init_fn": ignore_signals, "prefetch_factor": prefetch}
+    options = {"generator": torch.Generator(), "worker_init_fn": begin_worker, "prefetch_factor": prefetch}
     fetched = iter(DataLoader(steps, batch_size=None, num_workers=workers, **options))
     try:
         for step in range(steps.first, steps.last):
@@ -156,7 +157,11 @@ def _fetched(steps: _Steps, workers: int, prefetch: int) -> Iterator[StepBatch |
         del fetched
 
 
-def ignore_signals(worker: int) -> None:
-    """A signal to the whole group is for the rank: it saves, for which it needs no new batch, and ends its workers."""
+def begin_worker(worker: int) -> None:
+    """A signal to the whole group is for the rank: it saves, for which it needs no new batch, and ends its workers.
+
+    A rank collects no garbage in its steps, and its workers are forked there.
+    """
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from m3kernels.models.finetune.config import FinetuneError
 from m3kernels.models.finetune.data.encode import Encoder
-from m3kernels.models.finetune.data.loader import ignore_signals
+from m3kernels.models.finetune.data.loader import begin_worker
 from m3kernels.models.finetune.data.packing import fill
 from m3kernels.models.finetune.data.reading import walk
 from m3kernels.models.finetune.data.records import BadRecord
@@ -193,7 +193,7 @@ def _checked(source, encoder, seq_length: int, limit: int | None, num_workers: i
     records = _Records(source, encoder, seq_length, count)
     loader = records
     if num_workers:
-        loader = DataLoader(records, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_signals)
+        loader = DataLoader(records, batch_size=None, num_workers=num_workers, worker_init_fn=begin_worker)
     for checked in loader:
         if isinstance(checked, _Failure):
             raise FinetuneError(checked.text) if checked.is_ours else RuntimeError(checked.text)
