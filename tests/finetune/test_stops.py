@@ -38,7 +38,6 @@ def goes_on_to(made, state: dict) -> None:
 @pytest.mark.parametrize(
     "fault, async_save",
     [
-        ("dies_in_step:1:3", False),
         ("dies_in_step:1:3", True),
         ("dies_in_write:1:3", False),
         ("dies_in_write:1:3", True),
