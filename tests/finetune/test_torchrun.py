@@ -13,6 +13,7 @@ import runs
 import tiny_checkpoint
 import torch
 from peft import PeftModel
+from pool import run
 from transformers import Mistral3ForConditionalGeneration
 
 from m3kernels.cli import main
@@ -26,10 +27,10 @@ SAVING = "checkpoint.save_interval=1 checkpoint.most_recent_k=0"
 
 @pytest.fixture(scope="module")
 def straight(checkpoint, tmp_path_factory):
-    """What two ranks make of the whole run, undisturbed, in processes of torchrun's."""
-    folder = tmp_path_factory.mktemp("straight")
-    torchrun(FAULTY, [*runs.arguments(checkpoint, SAVING), f"dir={folder}"])
-    return runs.state(folder / "default")
+    """What two ranks make of the whole run, undisturbed."""
+    made = runs.config(checkpoint, tmp_path_factory.mktemp("straight"), SAVING)
+    run(2, runs.run, made)
+    return runs.state(runs.folder_of(made))
 
 
 def start(script: Path, arguments: list[str], *options: str, faults: str = "") -> subprocess.Popen:
@@ -70,11 +71,11 @@ def test_the_documented_command(tmp_path):
         "validation.generate_samples=1 validation.max_new_tokens=4 dataset.num_workers=1 scheduler.lr_warmup_iters=1"
     )
     out = torchrun(SCRIPT, arguments.split())
-    run = tmp_path / "default"
-    assert len(runs.losses(run)) == 4 and "step 4/4" in out and f"adapter in {run}/adapter" in out
-    assert list(complete(run / "checkpoints")) == [4]
+    made = tmp_path / "default"
+    assert len(runs.losses(made)) == 4 and "step 4/4" in out and f"adapter in {made}/adapter" in out
+    assert list(complete(made / "checkpoints")) == [4]
     model = Mistral3ForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(model, run / "adapter")
+    adapted = PeftModel.from_pretrained(model, made / "adapter")
     trained = [x for name, x in adapted.named_parameters() if "lora_B" in name]
     assert trained and all(x.any() for x in trained)
 
