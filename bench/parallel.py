@@ -275,9 +275,14 @@ def with_table(text: str, files: list[Path]) -> str:
             f"{shares[cell]} | {told_traced(row)} | {row['peak_gib']:.1f} | {row['loss']:.4f} | {row['grad_norm']:.3f} |"
         )
     some = next(iter(rows.values()))
-    of = f"{some['gpu']}, torch {some['torch']}, NCCL {some['nccl']}; " + ", ".join(f"`{f.name}`" for f in files)
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{of}.\n{END}{rest.split(END)[1]}"
+    return placed(text, BEGIN, END, lines, f"{some['gpu']}, torch {some['torch']}, NCCL {some['nccl']}", files)
+
+
+def placed(text: str, begin: str, end: str, lines: list[str], machine: str, files: list[Path]) -> str:
+    """The page with a table between two markers, and below it where it was measured and the files that hold it."""
+    before, rest = text.split(begin)
+    of = f"{machine}; " + ", ".join(f"`{file.name}`" for file in files)
+    return f"{before}{begin}\n" + "\n".join(lines) + f"\n\n{of}.\n{end}{rest.split(end)[1]}"
 
 
 def told_traced(row: dict) -> str:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 from m3kernels.bench.model_shapes import SIZES, vlm_config
-from m3kernels.bench.parallel import DOCS, fill
+from m3kernels.bench.parallel import DOCS, fill, placed
 from m3kernels.bench.results import commit
 from m3kernels.cli.demo_data import write_tokenizer
 from m3kernels.models import recipes
@@ -192,9 +192,7 @@ def with_table(text: str, files: list[Path]) -> str:
             f"{row['tokens_per_s_gpu']:.0f} | {row['peak_gib']:.1f} | {row['first_loss']:.2f} to {row['last_loss']:.2f} |"
         )
     some = next(row for row in rows.values() if "gpu" in row)
-    of = f"{some['gpu']}, torch {some['torch']}; " + ", ".join(f"`{f.name}`" for f in files)
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{of}.\n{END}{rest.split(END)[1]}"
+    return placed(text, BEGIN, END, lines, f"{some['gpu']}, torch {some['torch']}", files)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -124,9 +124,6 @@ class _Part(NamedTuple):
         # strides are those of the spec
         return DTensor(grad.contiguous(), self.spec, requires_grad=False)
 
-    def without_sum(self) -> "_Part":
-        return _Part(self.spec, [])
-
 
 class _Local(torch.autograd.Function):
     """``to_local`` and ``copy_to_ranks``."""
@@ -145,10 +142,10 @@ class _Local(torch.autograd.Function):
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group: ProcessGroup, *parameters: Tensor):
-        parts, given = zip(*map(_Part.of, parameters))
-        ctx.group, ctx.parts = group, [part.without_sum() for part in given]
+        # sums are made here
+        ctx.group, ctx.parts = group, [_Part(parameter._spec, []) for parameter in parameters]
         ctx.set_materialize_grads(False)
-        return tuple(part.view_as(part) for part in parts)
+        return tuple(part.view_as(part) for part in (parameter._local_tensor for parameter in parameters))
 
     @staticmethod
     @once_differentiable
