@@ -84,7 +84,7 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
         knobs.compilation.always_compile = True  # a cached kernel comes back without the assembler's log
         options |= {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    text = log.getvalue()
+    text = log.getvalue(); import os; os.environ.get("SHOW") and print("\n".join(l for l in text.splitlines() if "C75" in l))
     # such a kernel is launched before the one that it reads from has ended
     assert not constexprs.get("OVERLAP") or "griddepcontrol.wait" in compiled.asm["ptx"]
     return {
@@ -447,7 +447,7 @@ def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:
         knobs.compilation.always_compile = True
         source = GluonASTSource(kernel, signature, constexprs, attrs)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    text = log.getvalue()
+    text = log.getvalue(); import os; os.environ.get("SHOW") and print("\n".join(l for l in text.splitlines() if "C75" in l))
     return {
         "shared": compiled.metadata.shared,
         "spilled": max(map(int, re.findall(r"(\d+) bytes spill stores", text)), default=0),

@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from m3kernels.ops._beside import READY, await_rows, new_queue, next_tile, told, took
 from m3kernels.ops._common import cdiv, sm_count
 from m3kernels.ops._lora_launch import MOST, Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
@@ -85,11 +86,15 @@ def _load_all(d_left, d_right, memory, count, row, col, k_tiles, ACROSS: gl.cons
 
 
 @gluon.jit
-def _produce(left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, second, third, starts, ACROSS: gl.constexpr,
-             COUNT: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
+def _produce(left, right, d_t, d_low, p_work, memory, queue, order, k_tiles, rows, low_tiles, second, third, starts, ready,
+             ACROSS: gl.constexpr, COUNT: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr):  # fmt: skip
     m_tiles, n_tiles = order
-    count = 0
-    for index in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+    total = m_tiles * n_tiles
+    count, taken = 0, 0
+    index = next_tile(p_work) if BESIDE else gl.program_id(0)
+    while index < total:
+        if BESIDE:
+            told(index, queue, taken)
         m, n = _tile(index, m_tiles, n_tiles)
         row = m * BLOCK_M
         if ACROSS:
@@ -107,13 +112,22 @@ def _produce(left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, s
                 count = _load_all(left[0], right[1], memory, count, row, col, k_tiles[0], ACROSS)
             else:
                 count = _load_all(left[0], right[2], memory, count, row, col, k_tiles[0], ACROSS)
-        if OVERLAP:
-            # the low-rank factors come from the kernel before this one, which still runs during the first tile
+        # the low-rank factors come from the kernel before this one, which still runs during the first tile
+        if BESIDE:
+            await_rows(p_work + READY + m, ready)
+            gdc_launch_dependents()
+        elif OVERLAP:
             gdc_wait()
             gdc_launch_dependents()
         for i in range(0, low_tiles):
             _load(d_t, d_low, memory, count + i, t_row, i * BLOCK_K, low_row, i * BLOCK_K, ACROSS)
         count += low_tiles
+        taken += 1
+        index = next_tile(p_work) if BESIDE else index + gl.num_programs(0)
+    if BESIDE:
+        told(total, queue, taken)
+        # what follows this kernel may count on the end of the one before it
+        gdc_wait()
 
 
 @gluon.jit
@@ -141,13 +155,16 @@ def _steps(acc, memory, count, n_tiles, which: gl.constexpr, ACROSS: gl.constexp
 
 
 @gluon.jit
-def _consume(outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, which: gl.constexpr,
-             ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
+def _consume(outs, p_scale, ns, memory, queue, s_out, order, k_tiles, low_tiles, second, third, starts, which: gl.constexpr,
+             ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr,
+             BESIDE: gl.constexpr):  # fmt: skip
     m_tiles, n_tiles = order
+    total = m_tiles * n_tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     empty = memory[3]
-    count = 0
-    for index in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+    count, taken = 0, 0
+    index = took(queue, taken) if BESIDE else gl.program_id(0)
+    while index < total:
         m, n = _tile(index, m_tiles, n_tiles)
         acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
         steps = low_tiles
@@ -164,7 +181,7 @@ def _consume(outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second
             part, first = _part_of(n, second, third)
             col = (n - first) * BLOCK_N
             if SCALED:
-                if OVERLAP:
+                if OVERLAP and not BESIDE:
                     gdc_wait()
                 o_n = col + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
                 before = gl.where(part == 0, 0, gl.where(part == 1, starts[0], starts[1]))
@@ -176,17 +193,19 @@ def _consume(outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second
                 _store(outs[1], s_out.index(which), acc, row, col)
             else:
                 _store(outs[2], s_out.index(which), acc, row, col)
+        taken += 1
+        index = took(queue, taken) if BESIDE else index + gl.num_programs(0)
     tma.store_wait(0)
 
 
-VARYING = "n1 n2 n3 k_tiles1 k_tiles2 k_tiles3 m_tiles n_tiles rows low_tiles second third start2 start3".split()
+VARYING = "n1 n2 n3 k_tiles1 k_tiles2 k_tiles3 m_tiles n_tiles rows low_tiles second third start2 start3 ready".split()
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def linear_low_rank_kernel(
-    p_scale, d_a1, d_a2, d_a3, d_b1, d_b2, d_b3, d_t, d_low, d_out1, d_out2, d_out3,
-    n1, n2, n3, k_tiles1, k_tiles2, k_tiles3, m_tiles, n_tiles, rows, low_tiles, second, third, start2, start3,
-    ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr,
+    p_scale, p_work, d_a1, d_a2, d_a3, d_b1, d_b2, d_b3, d_t, d_low, d_out1, d_out2, d_out3,
+    n1, n2, n3, k_tiles1, k_tiles2, k_tiles3, m_tiles, n_tiles, rows, low_tiles, second, third, start2, start3, ready,
+    ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_a1.dtype
     s_a = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], A_TILE)
@@ -200,6 +219,7 @@ def linear_low_rank_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    queue = new_queue()
     memory, order, k_tiles = (s_a, s_b, full, empty), (m_tiles, n_tiles), (k_tiles1, k_tiles2, k_tiles3)
     left, right, outs, ns = (d_a1, d_a2, d_a3), (d_b1, d_b2, d_b3), (d_out1, d_out2, d_out3), (n1, n2, n3)
     starts = (start2, start3)
@@ -208,12 +228,12 @@ def linear_low_rank_kernel(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, upper, ACROSS,
-                        COUNT, SCALED, OVERLAP)),
-            (_consume, (outs, p_scale, ns, memory, s_out, order, k_tiles, low_tiles, second, third, starts, lower, ACROSS,
-                        COUNT, SCALED, OVERLAP)),
-            (_produce, (left, right, d_t, d_low, memory, order, k_tiles, rows, low_tiles, second, third, starts, ACROSS,
-                        COUNT, OVERLAP)),
+            (_consume, (outs, p_scale, ns, memory, queue, s_out, order, k_tiles, low_tiles, second, third, starts, upper,
+                        ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
+            (_consume, (outs, p_scale, ns, memory, queue, s_out, order, k_tiles, low_tiles, second, third, starts, lower,
+                        ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
+            (_produce, (left, right, d_t, d_low, p_work, memory, queue, order, k_tiles, rows, low_tiles, second, third, starts,
+                        ready, ACROSS, COUNT, OVERLAP, BESIDE)),
         ],
         [4, 1],
         [232, 40],
@@ -242,7 +262,7 @@ class Matrix(NamedTuple):
 @lru_cache(KEPT)
 def _prepared(
     m: int, ks: tuple[int, ...], ns: tuple[int, ...], layout: Layout, strides: tuple[int, ...], weight_strides: tuple[int, ...],
-    across: bool, scaled: bool, overlaps: bool, dtype: torch.dtype, device: torch.device,
+    across: bool, scaled: bool, overlaps: bool, makers: int, dtype: torch.dtype, device: torch.device,
 ) -> Prepared | None:  # fmt: skip
     """The launch, or None where this kernel does not take the product.
 
@@ -284,10 +304,10 @@ def _prepared(
         linear_low_rank_kernel,
         device,
         (min(m_tiles * n_tiles, sm_count(device)),),
-        (*fill(ns, 0), *fill(k_tiles, 0), m_tiles, n_tiles, m, low_tiles, *beyond, *starts),
-        {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": overlaps, "num_warps": 4, "maxnreg": 168}
+        (*fill(ns, 0), *fill(k_tiles, 0), m_tiles, n_tiles, m, low_tiles, *beyond, *starts, makers),
+        {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": overlaps, "BESIDE": makers > 0, "num_warps": 4, "maxnreg": 168}
         | ({"launch_pdl": True} if overlaps else {}),
-        (None, *last(lefts), *last(weights), t, low, *last(outs)),
+        (None, None, *last(lefts), *last(weights), t, low, *last(outs)),
     )
 
 
@@ -299,6 +319,7 @@ def takes(
     scale: Tensor | None,
     ns: list[int],
     overlaps: bool,
+    makers: int = 0,
 ) -> Prepared | None:
     """The launch of :func:`linear_low_rank`, or None where this kernel does not take it."""
     bits, dtype = 0, lefts[0].dtype
@@ -310,23 +331,24 @@ def takes(
         return None
     return _prepared(
         lefts[0].shape[0], tuple([a.shape[1] for a in lefts]), tuple(ns), layout, tuple([a.stride(0) for a in lefts]),
-        tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps, dtype, lefts[0].device,
+        tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps, makers, dtype, lefts[0].device,
     )  # fmt: skip
 
 
 def linear_low_rank(
     lefts: list[Tensor], weights: list[Tensor], t: Tensor, low: Tensor, layout: Layout, across: bool, scale: Tensor | None,
-    sizes: list[tuple[int, ...]], overlaps: bool,
+    sizes: list[tuple[int, ...]], overlaps: bool, work: Tensor | None = None, makers: int = 0,
 ) -> list[Tensor] | None:  # fmt: skip
     """The products in ``sizes``, rows side by side, or None where this kernel does not take them.
 
     One left operand and several weights (N, K) give several results; ``across``, several of both, weights (K, N), one sum.
     ``t`` and ``low``: fresh, as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns. ``overlaps``:
-    the kernel before this one wrote t and low and lets this one begin, as this one does the next.
+    the kernel before this one wrote t and low and lets this one begin, as this one does the next. ``work``: that of
+    :mod:`m3kernels.ops._beside`, where the kernel before this one writes each tile of rows in ``makers`` parts.
     """
-    run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps)
+    run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps, makers)
     if run is None:
         return None
     outs = [t.new_empty(size) for size in sizes]
-    run(t if scale is None else scale, *three(lefts), *three(weights), t, low, *three(outs))
+    run(t if scale is None else scale, low if work is None else work, *three(lefts), *three(weights), t, low, *three(outs))
     return outs

@@ -209,7 +209,7 @@ def _run_shrink(
 @lru_cache(KEPT)
 def _parts(
     layout: Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], high: int, parts: bool, shares: int,
-    device, *_,
+    works: int, device, *_,
 ) -> Prepared:  # fmt: skip
     """``parts``: those of A and B are wanted; ``shares``: of DoRA's squares, 0 without them."""
     length, rank = layout.rank * width, layout.rank
@@ -221,18 +221,18 @@ def _parts(
         lora_parts_kernel,
         device,
         (a_programs + b_programs + n_programs,),
-        (*fill(scalings, 0.0), *fill(ns, 0), width, rank, layout.padded, high, a_programs, b_programs, shares),
+        (*fill(scalings, 0.0), *fill(ns, 0), width, rank, layout.padded, high, a_programs, b_programs, shares, works),
         {"SPLIT": layout.split, "SCALED": shares > 0, "OVERLAP": parts and overlap_meta(device)["OVERLAP"]},
     )
 
 
 def make_parts(
     x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
-    squares: Tensor | None, layout: Layout, a_rows: int, high: int,
+    squares: Tensor | None, layout: Layout, a_rows: int, high: int, work: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(A of all as rows hi and, from ``high`` on, lo (a_rows, K); s B of all as :func:`make_t`; DoRA's norms and scales).
 
-    Without ``a_rows`` no parts, without ``squares`` no norms.
+    Without ``a_rows`` no parts, without ``squares`` no norms. ``work``: set to zero.
     """
     ns, width, parts = tuple([b.shape[0] for b in many_b]), many_a[0].shape[1], a_rows > 0
     many_a, many_b, magnitudes = ([t.contiguous() for t in group] for group in (many_a, many_b, magnitudes or many_b))
@@ -242,14 +242,14 @@ def make_parts(
         norms = squares.new_empty(sum(ns))
         scales = torch.empty_like(norms)
     run = _parts(
-        layout, ns, width, tuple(scalings), high, parts, 0 if squares is None else squares.shape[0], x.device, x.dtype,
-        many_a[0].dtype, magnitudes[0].dtype,
+        layout, ns, width, tuple(scalings), high, parts, 0 if squares is None else squares.shape[0],
+        0 if work is None else work.numel(), x.device, x.dtype, many_a[0].dtype, magnitudes[0].dtype,
     )  # fmt: skip
     unused = many_b[0]
     none = lambda option: unused if option is None else option
     run(
         *three(many_a), *three(many_b), a if parts else unused, low if parts else unused, none(squares),
-        *three(magnitudes), none(norms), none(scales),
+        *three(magnitudes), none(norms), none(scales), none(work),
     )  # fmt: skip
     return a, low, norms, scales
 

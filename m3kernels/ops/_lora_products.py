@@ -1,6 +1,7 @@
 """Frozen weights' products with the low-rank ones inside them, by the kernel for Hopper or by cuBLAS (beta = 1)."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,39 +31,57 @@ def _overlaps(x: Tensor, layout: Layout, dropout: float = 0.0) -> bool:
     return overlap_meta(x.device)["OVERLAP"] and not skinny.by_cublas(layout, dropout, x.device, x.dtype)
 
 
-def t_and_low(
-    x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
-    squares: Tensor | None, layout: Layout, dropout: float, seeds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(t, low) as :func:`make_t`, and DoRA's norms and scales where ``squares`` are given."""
-    if not dropout and _hopper(x.device) is not None and not x.data_ptr() & 15:
-        from m3kernels.ops import _lora_x_hopper
+class Begun(NamedTuple):
+    """t and low as :func:`make_t`; norms and scales of DoRA or None; what the product counts by where t is still in the making."""
 
-        plan = _lora_x_hopper.prepared(layout, *x.shape, x.stride(0), x.dtype, x.device)
-        if plan is not None:
-            a, low, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, *plan[1:])
-            return _lora_x_hopper.t_of(plan, x, a, layout), low, *norms
+    t: Tensor
+    low: Tensor
+    norms: Tensor | None
+    scales: Tensor | None
+    work: Tensor | None = None
+
+
+def t_and_low(
+    x: Tensor, weights: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
+    squares: Tensor | None, layout: Layout, dropout: float, seeds: Tensor | None,
+) -> Begun:  # fmt: skip
+    """What goes into the product; DoRA's norms and scales where ``squares`` are given."""
+    ns = [w.shape[0] for w in weights]
+    if not dropout and (kernel := _hopper(x.device)) is not None and not x.data_ptr() & 15:
+        from m3kernels.ops import _beside, _lora_x_hopper
+
+        run = None
+        if kernel.takes([x], weights, layout, False, squares, ns, True, kernel.CONSUMERS.value) is not None:
+            run = _lora_x_hopper.prepared(layout, *x.shape, x.stride(0), tuple(ns), x.dtype, x.device)
+        if run is not None:
+            work = x.new_empty(_beside.work_size(x.shape[0]), dtype=torch.int32)
+            columns = layout.count * layout.rank
+            a, low, *norms = skinny.make_parts(
+                x, many_a, many_b, scalings, magnitudes, squares, layout, columns * (2 if layout.split else 1), columns, work
+            )
+            return Begun(_lora_x_hopper.t_of(run, x, a, work, layout), low, *norms, work)
     norms = [None, None]
     if squares is not None:
         _, _, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, 0, 0)
-    return *skinny.make_t(x, many_a, many_b, scalings, layout, dropout, seeds), *norms
+    return Begun(*skinny.make_t(x, many_a, many_b, scalings, layout, dropout, seeds), *norms)
 
 
 def project(
     x: Tensor,
     weights: list[Tensor],
-    t: Tensor,
-    low: Tensor,
+    begun: Begun,
     layout: Layout,
     scale: Tensor | None,
     shape: tuple,
     dropout: float,
 ) -> list[Tensor]:
     """scale * (x W_j^T + t_j low_j^T) of each projection, (\\*shape, N); right after :func:`t_and_low`."""
+    t, low = begun.t, begun.low
     sizes = [(*shape, w.shape[0]) for w in weights]
     if (kernel := _hopper(x.device)) is not None:
-        overlaps = _overlaps(x, layout, dropout)
-        found = kernel.linear_low_rank([x], weights, t, low, layout, False, scale, sizes, overlaps)
+        work = begun.work
+        overlaps, makers = (_overlaps(x, layout, dropout), 0) if work is None else (True, kernel.CONSUMERS.value)
+        found = kernel.linear_low_rank([x], weights, t, low, layout, False, scale, sizes, overlaps, work, makers)
         if found is not None:
             return found
     found, row = [], 0

@@ -9,16 +9,21 @@ from m3kernels.ops._lora_kernels import PARTS_BLOCK, SMALLEST, _clear, _one_of, 
 from m3kernels.ops._triton import tl, triton
 
 
-@triton.jit(do_not_specialize=["high"])
+@triton.jit(do_not_specialize=["high", "works"])
 def lora_parts_kernel(
-    p_a1, p_a2, p_a3, p_b1, p_b2, p_b3, p_a, p_low, p_squares, p_m1, p_m2, p_m3, p_norm, p_scale,
-    s1, s2, s3, n1, n2, n3, width, rank, padded, high, a_programs, b_programs, shares,
+    p_a1, p_a2, p_a3, p_b1, p_b2, p_b3, p_a, p_low, p_squares, p_m1, p_m2, p_m3, p_norm, p_scale, p_work,
+    s1, s2, s3, n1, n2, n3, width, rank, padded, high, a_programs, b_programs, shares, works,
     SPLIT: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A of all as rows [hi ; lo] (lo from row ``high`` on), s B of all as [hi | hi | lo], DoRA's norms and scales."""
+    """A of all as rows [hi ; lo] (lo from row ``high`` on), s B of all as [hi | hi | lo], DoRA's norms and scales.
+
+    ``p_work``: what the kernels after this one count by, set to zero.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     program, length = tl.program_id(0), rank * width
+    if program == 0:
+        _clear(p_work, works)
     if program < a_programs:
         each = tl.cdiv(length, PARTS_BLOCK)
         which = program // each

@@ -1,8 +1,9 @@
 """t = x A^T of all layers of one input in one pass over x, for Hopper (sm_90a), in Gluon.
 
-A program makes all columns of t for 32 or 64 rows, transposed: A's few rows are the tensor cores' left operand (padded with
-zeros, which the copy engine makes without reading), rows of x the right one. One warp loads up to 200 KB ahead. fp32 adapters
-beside 16-bit activations stand as rows hi and, half the height below, lo; t leaves as [hi | lo | hi].
+A few programs make all columns of t for 128 rows each, in the order in which the product wants them, while the product
+already runs on the other multiprocessors (:mod:`m3kernels.ops._beside`). One warp loads up to 200 KB ahead; two warpgroups
+have 64 rows each. fp32 adapters beside 16-bit activations stand as rows hi and, below all of those, lo; t leaves as
+[hi | lo | hi].
 """
 
 from functools import lru_cache
@@ -15,140 +16,158 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from m3kernels.ops._beside import READY, rows_written, streams
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
-from m3kernels.ops._linear_hopper import Matrix
+from m3kernels.ops._linear_hopper import BLOCK_M, BLOCK_N, CONSUMERS, ROWS, Matrix
 from m3kernels.ops._lora_launch import Layout
 from m3kernels.ops._prepared import KEPT, Prepared
 
 BLOCK_K = gl.constexpr(128)
 LOADED = 200 * 1024  # bytes of tiles
 MOST_STAGES = 8
-HIGHEST = 256  # rows of A, all parts of all layers
+MOST_COLUMNS = 256  # of t, all layers
+
+X_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16))
 
 
 @gluon.jit
-def _produce(d_x, d_a, s_x, s_a, full, empty, row, k_tiles, STAGES: gl.constexpr):
-    # A's parts come from the kernel before this one
+def _produce(d_x, small, memory, m_tiles, k_tiles, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    # A's parts come from the kernel before this one, which also cleared what the product counts by
     gdc_wait()
     gdc_launch_dependents()
-    for i in range(0, k_tiles):
-        slot = i % STAGES
-        mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
-        mbarrier.expect(full.index(slot), d_x.block_type.nbytes + d_a.block_type.nbytes)
-        tma.async_copy_global_to_shared(d_x, [row, i * BLOCK_K], full.index(slot), s_x.index(slot))
-        tma.async_copy_global_to_shared(d_a, [0, i * BLOCK_K], full.index(slot), s_a.index(slot))
+    s_x, s_a, full, empty = memory
+    count = 0
+    for m in range(gl.program_id(0), m_tiles, gl.num_programs(0)):
+        for i in range(0, k_tiles):
+            slot = count % STAGES
+            mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(
+                full.index(slot), CONSUMERS * d_x.block_type.nbytes + PARTS * small[0].block_type.nbytes
+            )
+            for c in gl.static_range(CONSUMERS):
+                row = m * BLOCK_M + c * ROWS
+                tma.async_copy_global_to_shared(
+                    d_x, [row, i * BLOCK_K], full.index(slot), s_x.index(slot * CONSUMERS + c)
+                )
+            for p in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    small[p], [0, i * BLOCK_K], full.index(slot), s_a.index(slot * PARTS + p)
+                )
+            count += 1
 
 
 @gluon.jit
-def _consume(p_t, s_x, s_a, full, empty, row, k_tiles, rows, columns, rank, padded, ROWS: gl.constexpr, HEIGHT: gl.constexpr,
-             STAGES: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    acc = gl.zeros([HEIGHT, ROWS], gl.float32, layout)
-    for i in range(0, k_tiles):
-        slot = i % STAGES
-        mbarrier.wait(full.index(slot), i // STAGES & 1)
-        acc = warpgroup_mma(s_a.index(slot), s_x.index(slot).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        # the product before this one has been read
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    high: gl.constexpr = HEIGHT // 2 if SPLIT else HEIGHT
-    out: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    if SPLIT:
-        pairs: gl.constexpr = gl.BlockedLayout([1, 4, 2], [4, 8, 1], [4, 1, 1], [2, 1, 0])
-        hi, lo = gl.convert_layout(acc.reshape([2, high, ROWS]).permute((1, 2, 0)), pairs).split()
-        t = gl.convert_layout(hi + lo, out)
-    else:
-        t = gl.convert_layout(acc, out)
-    o_c, o_m = gl.arange(0, high, gl.SliceLayout(1, out)), row + gl.arange(0, ROWS, gl.SliceLayout(0, out))
-    mask = (o_c < columns)[:, None] & (o_m < rows)[None, :]
-    # t_j lies below t_(j - 1)
-    o_t = ((o_c // rank)[:, None].to(gl.int64) * rows + o_m[None, :]) * padded + (o_c % rank)[:, None]
-    hi = t.to(p_t.dtype.element_ty)
-    gl.store(p_t + o_t, hi, mask=mask)
-    if SPLIT:
-        gl.store(p_t + o_t + rank, (t - hi.to(gl.float32)).to(hi.dtype), mask=mask)
-        gl.store(p_t + o_t + 2 * rank, hi, mask=mask)
+def _consume(p_t, p_work, memory, m_tiles, k_tiles, rows, columns, which: gl.constexpr, RANK: gl.constexpr,
+             PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    s_x, s_a, full, empty = memory
+    count = 0
+    for m in range(gl.program_id(0), m_tiles, gl.num_programs(0)):
+        acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+        for i in range(0, k_tiles):
+            slot = count % STAGES
+            mbarrier.wait(full.index(slot), count // STAGES & 1)
+            for p in gl.static_range(PARTS):
+                acc = warpgroup_mma(
+                    s_x.index(slot * CONSUMERS + which), s_a.index(slot * PARTS + p).permute((1, 0)), acc, is_async=True
+                )
+            acc = warpgroup_mma_wait(PARTS, deps=(acc,))
+            # the products before these have been read
+            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=i > 0)
+            count += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
+        row = m * BLOCK_M + which * ROWS
+        o_m, o_c = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        mask = (o_m < rows - row)[:, None] & (o_c < columns)[None, :]
+        # t_j lies below t_(j - 1)
+        o_t = ((row + o_m) * PADDED)[:, None] + ((o_c // RANK) * (rows * PADDED) + o_c % RANK)[None, :]
+        hi = acc.to(p_t.dtype.element_ty)
+        gl.store(p_t + o_t, hi, mask=mask)
+        if PARTS == 2:
+            gl.store(p_t + o_t + RANK, (acc - hi.to(gl.float32)).to(hi.dtype), mask=mask)
+            gl.store(p_t + o_t + 2 * RANK, hi, mask=mask)
+        rows_written(p_work + READY + m)
 
 
-@gluon.jit(do_not_specialize=["k_tiles", "rows", "columns", "rank", "padded"])
+@gluon.jit(do_not_specialize=["m_tiles", "k_tiles", "rows", "columns"])
 def lora_x_kernel(
-    d_x, d_a, p_t, k_tiles, rows, columns, rank, padded,
-    ROWS: gl.constexpr, HEIGHT: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, X_TILE: gl.constexpr,
-    A_TILE: gl.constexpr,
+    d_x, d_a_hi, d_a_lo, p_t, p_work, m_tiles, k_tiles, rows, columns,
+    RANK: gl.constexpr, PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, A_TILE: gl.constexpr,
 ):  # fmt: skip
-    s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES, ROWS, BLOCK_K], X_TILE)
-    s_a = gl.allocate_shared_memory(d_x.dtype, [STAGES, HEIGHT, BLOCK_K], A_TILE)
+    s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], X_TILE)
+    s_a = gl.allocate_shared_memory(d_x.dtype, [STAGES * PARTS, COLUMNS, BLOCK_K], A_TILE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    row = gl.program_id(0) * ROWS
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    memory, small = (s_x, s_a, full, empty), (d_a_hi, d_a_lo)
+    # named: a number written into the lists below is no constexpr
+    upper: gl.constexpr = 0
+    lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (p_t, s_x, s_a, full, empty, row, k_tiles, rows, columns, rank, padded, ROWS, HEIGHT, STAGES, SPLIT),
-            ),
-            (_produce, (d_x, d_a, s_x, s_a, full, empty, row, k_tiles, STAGES)),
+            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, rows, columns, upper, RANK, PADDED, COLUMNS, PARTS, STAGES)),
+            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, rows, columns, lower, RANK, PADDED, COLUMNS, PARTS, STAGES)),
+            (_produce, (d_x, small, memory, m_tiles, k_tiles, PARTS, STAGES)),
         ],
-        [1],
-        [40],
-    )
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
 
 
 class Form(NamedTuple):
-    """Rows of x in a tile, rows of A (zeros included), stages."""
+    """Columns of t in a tile (a power of 2), stages."""
 
-    rows: int
-    height: int
+    columns: int
     stages: int
 
     @classmethod
-    def of(cls, layout: Layout, rows: int, sms: int) -> "Form | None":
+    def of(cls, layout: Layout) -> "Form | None":
         """None: more columns of t than this kernel makes."""
-        height = max(64, next_power_of_2(layout.count * layout.rank) * (2 if layout.split else 1))
-        tile = 64 if cdiv(rows, 64) >= sms - 4 and height < HIGHEST else 32
-        return cls(tile, height, min(MOST_STAGES, LOADED // (256 * (tile + height)))) if height <= HIGHEST else None
+        columns = max(16, next_power_of_2(layout.count * layout.rank))
+        stage = 2 * BLOCK_K.value * (BLOCK_M.value + columns * (2 if layout.split else 1))
+        return cls(columns, min(MOST_STAGES, LOADED // stage)) if columns <= MOST_COLUMNS and 2 * stage <= LOADED else None
 
-    def tiles(self) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
-        return tuple(
-            gl.NVMMASharedLayout.get_default_for([n, BLOCK_K.value], gl.bfloat16) for n in (self.rows, self.height)
-        )
+    def tile(self) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout.get_default_for([self.columns, BLOCK_K.value], gl.bfloat16)
 
 
 @lru_cache(KEPT)
 def prepared(
-    layout: Layout, rows: int, width: int, stride: int, dtype: torch.dtype, device: torch.device
-) -> tuple | None:
-    """(launch, rows of A's parts, row where lo begins), or None where this kernel does not take the pass."""
-    form = Form.of(layout, rows, sm_count(device))
+    layout: Layout, rows: int, width: int, stride: int, ns: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Prepared | None:
+    """The launch, or None where this kernel does not take the pass; ``ns``: columns of the products beside it."""
+    form = Form.of(layout)
     # the copy engine reads rows that begin at 16-byte marks, each at its own
     if form is None or width % 8 or stride % 8 or not stride or dtype not in (torch.bfloat16, torch.float16):
         return None
-    x_tile, a_tile = form.tiles()
-    high = form.height // 2 if layout.split else 0
-    columns = layout.count * layout.rank
-    run = Prepared(
+    if layout.count * rows * layout.padded >= 2**31:
+        return None
+    parts, columns, tile = 2 if layout.split else 1, layout.count * layout.rank, form.tile()
+    m_tiles, n_tiles = cdiv(rows, BLOCK_M.value), sum(cdiv(n, BLOCK_N.value) for n in ns)
+    small = [Matrix(columns, width, width, (form.columns, BLOCK_K.value), tile, p * columns * width) for p in range(parts)]
+    return Prepared(
         "lora_linear (x)",
         lora_x_kernel,
         device,
-        (cdiv(rows, form.rows),),
-        (cdiv(width, BLOCK_K.value), rows, columns, layout.rank, layout.padded),
-        {"ROWS": form.rows, "HEIGHT": form.height, "STAGES": form.stages, "SPLIT": layout.split, "X_TILE": x_tile}
-        | {"A_TILE": a_tile, "num_warps": 4, "maxnreg": 168, "launch_pdl": True},
+        (streams(m_tiles, BLOCK_M.value * width * 2, n_tiles, width, sm_count(device)),),
+        (m_tiles, cdiv(width, BLOCK_K.value), rows, columns),
+        {"RANK": layout.rank, "PADDED": layout.padded, "COLUMNS": form.columns, "PARTS": parts, "STAGES": form.stages, "A_TILE": tile}
+        | {"num_warps": 4, "maxnreg": 168, "launch_pdl": True},
         (
-            Matrix(rows, width, stride, (form.rows, BLOCK_K.value), x_tile),
-            Matrix(high + columns, width, width, (form.height, BLOCK_K.value), a_tile),
+            Matrix(rows, width, stride, (ROWS.value, BLOCK_K.value), X_TILE.value),
+            small[0],
+            small[-1],
+            None,
             None,
         ),
     )
-    return run, high + columns, high
 
 
-def t_of(plan: tuple, x: Tensor, a: Tensor, layout: Layout) -> Tensor:
-    """t (count * M, padded) of A's parts, right after the kernel that wrote them and let this one begin."""
+def t_of(run: Prepared, x: Tensor, a: Tensor, work: Tensor, layout: Layout) -> Tensor:
+    """t (count * M, padded) of A's parts, right after the kernel that wrote them, cleared ``work`` and let this one begin."""
     t = layout.buffer(x, layout.count * x.shape[0], layout.padded)
-    plan[0](x, a, t)
+    run(x, a, a, t, work)
     return t

@@ -96,17 +96,18 @@ def _forward(
     squares = None
     if magnitudes and given_norms is None:
         squares = squares_of(weights, many_a, many_b, scalings, layout)
-    t, low, norms, scales = t_and_low(x, many_a, many_b, scalings, magnitudes, squares, layout, dropout, seeds)
+    begun = t_and_low(x, weights, many_a, many_b, scalings, magnitudes, squares, layout, dropout, seeds)
+    norms, scales = begun.norms, begun.scales
     if given_norms is not None:
         norms, scales = scales_from(given_norms, magnitudes)
     kept = [] if scales is None else [norms, scales]
     # in fp16 dm is taken from y / k, for which it has too few exponents: what is scaled is kept
     later = scales is not None and x.dtype == torch.float16
-    ys = project(x, weights, t, low, layout, None if later else scales, shape, dropout)
+    ys = project(x, weights, begun, layout, None if later else scales, shape, dropout)
     if later:
         kept += ys
         ys = [(z * k).to(z.dtype) for z, k in zip(ys, scales.split([w.shape[0] for w in weights]))]
-    return [*ys, t, *kept]
+    return [*ys, begun.t, *kept]
 
 
 def _forward_fake(

@@ -1,0 +1,124 @@
+"""Two kernels on one GPU at once, for Hopper (sm_90a), in Gluon: a few programs stream, the product has the rest.
+
+A pass over a large operand waits for memory, the product for its tensor cores. One multiprocessor draws up to a twentieth of
+what the memory gives: a dozen of them make t = x A^T while the others multiply, and multiply after that. The product takes its
+tiles from a counter, whenever a multiprocessor comes free, and waits for the rows of t that a tile adds at its end.
+
+``p_work``: int32, set to zero by a kernel before both: the next tile, a spare, then for every tile of rows how many of
+its makers have written theirs.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from m3kernels.ops._common import cdiv
+
+READY = gl.constexpr(2)
+TOLD = gl.constexpr(2)  # tiles that the loader may be ahead
+
+
+@gluon.jit
+def _fence_for_copies():
+    """Orders this thread's reads and writes of global memory with those of the copy engine."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def rows_written(p_ready):
+    """Counts a warpgroup's stores among a tile's of rows."""
+    _fence_for_copies()
+    gl.thread_barrier()
+    gl.atomic_add(p_ready, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def await_rows(p_ready, makers):
+    """Returns when all makers of a tile of rows have written it; for the copy engine's reads, too."""
+    while gl.atomic_add(p_ready, 0, sem="acquire", scope="gpu") < makers:
+        pass
+    _fence_for_copies()
+
+
+@gluon.jit
+def new_queue():
+    """Where the loader tells the warpgroups which tile is next."""
+    s_tile = gl.allocate_shared_memory(gl.int32, [TOLD, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(TOLD):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    return s_tile, full, empty
+
+
+@gluon.jit
+def next_tile(p_work):
+    return gl.atomic_add(p_work, 1, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def told(index, queue, taken):
+    s_tile, full, empty = queue
+    slot = taken % TOLD
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(empty.index(slot), (taken // TOLD & 1) ^ 1)
+    s_tile.index(slot).store(gl.full([32], 0, gl.int32, layout) + index)
+    gl.thread_barrier()
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def took(queue, taken):
+    s_tile, full, empty = queue
+    slot = taken % TOLD
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(slot), taken // TOLD & 1)
+    index = gl.max(s_tile.index(slot).load(layout), 0)
+    gl.thread_barrier()
+    mbarrier.arrive(empty.index(slot), count=1)
+    return index
+
+
+def work_size(rows: int) -> int:
+    """Numbers of ``p_work``."""
+    return READY.value + cdiv(rows, 128)
+
+
+# of one multiprocessor and of all, bytes a microsecond; measured: docs/adapters.md
+ONE, ALL = 80e3, 2.4e6
+# microseconds of a product's tile for each column of its left operand
+TILE = 0.0108
+# rows of tiles that the product takes side by side
+TOGETHER = 16
+# what a pass may be slower than its model before the product waits for it
+MARGIN = 1.2
+
+
+def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> float:
+    """When a product of ``tiles`` ends if ``programs`` multiprocessors come to it at ``busy`` and the others at once."""
+    others, wave = sms - programs, cdiv(tiles, sms)
+    while True:
+        # moments at which a tile may end, in order
+        for moment in sorted((wave * tile, busy + max(0, wave - int(busy / tile) - 1) * tile)):
+            late = int(max(0.0, moment - busy) / tile + 1e-6)
+            if moment >= busy and others * int(moment / tile + 1e-6) + programs * late >= tiles:
+                return moment
+        wave += 1
+
+
+def streams(units: int, unit_bytes: int, n_tiles: int, width: int, sms: int) -> int:
+    """How many programs share ``units`` (tiles of rows), beside a product of ``n_tiles`` for each of those, ``width`` long."""
+    tile = TILE * width
+
+    def end(programs: int) -> tuple[float, int]:
+        unit = MARGIN * unit_bytes / min(ONE, ALL / programs)
+        late = 0.0
+        for first in range(0, units, TOGETHER):
+            wanted = (first * n_tiles // (sms - programs) + 1) * tile
+            late = max(late, cdiv(min(units, first + TOGETHER), programs) * unit - wanted)
+        return finished(cdiv(units, programs) * unit, programs, units * n_tiles, tile, sms) + late, programs
+
+    return min(map(end, range(1, min(units, sms // 2) + 1)))[1]
