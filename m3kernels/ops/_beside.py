@@ -4,9 +4,11 @@ A pass over a large operand waits for memory, the product for its tensor cores. 
 what the memory gives: a dozen of them make t = x A^T while the others multiply, and multiply after that. The product takes its
 tiles from a counter, whenever a multiprocessor comes free, and waits for the rows of t that a tile adds at its end.
 
-``p_work``: int32, set to zero by a kernel before both: the next tile, a spare, then for every tile of rows how many of
-its makers have written theirs.
+``p_work``: int32, set to zero by a kernel before both: the next tile, what a third kernel waits for, then for every tile of
+rows how many of its makers have written theirs.
 """
+
+from collections.abc import Callable
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from m3kernels.ops._common import cdiv
 
+DONE = gl.constexpr(1)
 READY = gl.constexpr(2)
 TOLD = gl.constexpr(2)  # tiles that the loader may be ahead
 
@@ -35,10 +38,15 @@ def rows_written(p_ready):
 
 
 @gluon.jit
+def await_count(p_count, count):
+    while gl.atomic_add(p_count, 0, sem="acquire", scope="gpu") < count:
+        pass
+
+
+@gluon.jit
 def await_rows(p_ready, makers):
     """Returns when all makers of a tile of rows have written it; for the copy engine's reads, too."""
-    while gl.atomic_add(p_ready, 0, sem="acquire", scope="gpu") < makers:
-        pass
+    await_count(p_ready, makers)
     _fence_for_copies()
 
 
@@ -109,16 +117,19 @@ def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> f
         wave += 1
 
 
+def lateness(units: int, n_tiles: int, tile: float, others: int, end: Callable[[int], float]) -> float:
+    """How long the product would wait for the rows that it takes side by side; ``end``: of the first so many tiles of rows."""
+    groups = range(0, units, TOGETHER)
+    return max(0.0, *(end(min(units, m + TOGETHER)) - (m * n_tiles // others + 1) * tile for m in groups))
+
+
 def streams(units: int, unit_bytes: int, n_tiles: int, width: int, sms: int) -> int:
     """How many programs share ``units`` (tiles of rows), beside a product of ``n_tiles`` for each of those, ``width`` long."""
     tile = TILE * width
 
     def end(programs: int) -> tuple[float, int]:
         unit = MARGIN * unit_bytes / min(ONE, ALL / programs)
-        late = 0.0
-        for first in range(0, units, TOGETHER):
-            wanted = (first * n_tiles // (sms - programs) + 1) * tile
-            late = max(late, cdiv(min(units, first + TOGETHER), programs) * unit - wanted)
+        late = lateness(units, n_tiles, tile, sms - programs, lambda tiles: cdiv(tiles, programs) * unit)
         return finished(cdiv(units, programs) * unit, programs, units * n_tiles, tile, sms) + late, programs
 
     return min(map(end, range(1, min(units, sms // 2) + 1)))[1]

@@ -305,7 +305,15 @@ def _prepared(
         device,
         (min(m_tiles * n_tiles, sm_count(device)),),
         (*fill(ns, 0), *fill(k_tiles, 0), m_tiles, n_tiles, m, low_tiles, *beyond, *starts, makers),
-        {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": overlaps, "BESIDE": makers > 0, "num_warps": 4, "maxnreg": 168}
+        {
+            "ACROSS": across,
+            "COUNT": count,
+            "SCALED": scaled,
+            "OVERLAP": overlaps,
+            "BESIDE": makers > 0,
+            "num_warps": 4,
+            "maxnreg": 168,
+        }
         | ({"launch_pdl": True} if overlaps else {}),
         (None, None, *last(lefts), *last(weights), t, low, *last(outs)),
     )
@@ -350,5 +358,13 @@ def linear_low_rank(
     if run is None:
         return None
     outs = [t.new_empty(size) for size in sizes]
-    run(t if scale is None else scale, low if work is None else work, *three(lefts), *three(weights), t, low, *three(outs))
+    run(
+        t if scale is None else scale,
+        low if work is None else work,
+        *three(lefts),
+        *three(weights),
+        t,
+        low,
+        *three(outs),
+    )
     return outs

@@ -1,11 +1,13 @@
 """One pass over dy for both of its skinny products, for Hopper (sm_90a), in Gluon.
 
-    du_j = dy_j B_j, a part for each block of columns        dB_j = dy_j^T t_j, a part for each program and block
+    du_j = s_j dy_j B_j        dB_j = s_j dy_j^T t_j
 
-One warp loads by the copy engine; a warpgroup makes du of a tile (64 rows, 256 columns), another one adds to dB. Tiles are
-numbered down the rows of a block of columns, then the next block's; each program takes the same number of them in a row, so
-that a block's dB has parts of a few programs that follow each other: part ``program + block``. fp32 adapters beside 16-bit
-activations stand as [hi | lo] columns, added up before a part is stored.
+A few programs own columns each and go down all rows, while the product already runs on the other multiprocessors
+(:mod:`m3kernels.ops._beside`): their dB stays in registers, their B in shared memory. What they add to du of a tile of rows
+leaves in fp32; as soon as all have, the warpgroup that sums adds the parts up, in a fixed order, and the product may have du.
+
+One warp loads by the copy engine; two warpgroups take turns with tiles of 64 rows and 128 columns. fp32 adapters beside 16-bit
+activations are two 16-bit numbers, hi and lo.
 """
 
 from functools import lru_cache
@@ -22,252 +24,351 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._common import cdiv, sm_count
-from m3kernels.ops._linear_hopper import Matrix
+from m3kernels.ops._beside import (
+    ALL,
+    DONE,
+    MARGIN,
+    ONE,
+    READY,
+    TILE,
+    await_count,
+    finished,
+    lateness,
+    rows_written,
+    work_size,
+)
+from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
+from m3kernels.ops._linear_hopper import BLOCK_M, BLOCK_N, Matrix
 from m3kernels.ops._lora_launch import Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
 
 ROWS = gl.constexpr(64)
-COLS = gl.constexpr(256)
-T_STAGES = gl.constexpr(4)
-# by columns of B, hi and lo; of 32 KB, beside B's and t's tiles of 10 to 48 KB
-STAGES = {16: 6, 32: 6, 64: 5}
-# above, du's parts are as large as dy: cuBLAS's two passes are faster
-RANKS = (16, 32)
+COLS = gl.constexpr(128)
+T_STAGES = gl.constexpr(3)
+FAR = gl.constexpr(2**30)
+AT_ONCE = gl.constexpr(4)  # parts of du that are summed from loads side by side
+SHARED = 220 * 1024  # bytes of tiles
+MOST_STAGES = 10
+MOST_RANK = 64
+# rank times blocks of columns that one warpgroup keeps sums of
+KEEPS = 128
 
-Y_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 256], gl.bfloat16))
-
-
-@gluon.jit
-def _place(tile, row_tiles, second, third):
-    """(block, row tile, which projection, its block) of a tile; ``second``, ``third``: first blocks of those."""
-    block = tile // row_tiles
-    which = (block >= second).to(gl.int32) + (block >= third).to(gl.int32)
-    first = gl.where(which == 0, 0, gl.where(which == 1, second, third))
-    return block, tile - block * row_tiles, which, block - first
+Y_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16))
 
 
 @gluon.jit
-def _load(d_y, d_t, memory, count, row, col, STAGES: gl.constexpr):
-    s_y, s_t, full, empty, t_full, t_empty = memory
-    slot, t_slot = count % STAGES, count % T_STAGES
-    mbarrier.wait(t_empty.index(t_slot), (count // T_STAGES & 1) ^ 1)
-    mbarrier.expect(t_full.index(t_slot), d_t.block_type.nbytes)
-    tma.async_copy_global_to_shared(d_t, [row, 0], t_full.index(t_slot), s_t.index(t_slot))
-    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(slot), d_y.block_type.nbytes)
-    tma.async_copy_global_to_shared(d_y, [row, col], full.index(slot), s_y.index(slot))
-
-
-@gluon.jit
-def _produce(ys, ts, memory, first, end, order, STAGES: gl.constexpr):
-    row_tiles, second, third = order
-    for tile in range(first, end):
-        _, m, which, inside = _place(tile, row_tiles, second, third)
-        row, col = m * ROWS, inside * COLS
-        if which == 0:
-            _load(ys[0], ts[0], memory, tile - first, row, col, STAGES)
-        elif which == 1:
-            _load(ys[1], ts[1], memory, tile - first, row, col, STAGES)
-        else:
-            _load(ys[2], ts[2], memory, tile - first, row, col, STAGES)
-
-
-@gluon.jit
-def _joined(acc, M: gl.constexpr, RANK: gl.constexpr, SPLIT: gl.constexpr, layout: gl.constexpr):
-    """hi + lo."""
-    if SPLIT:
-        hi, lo = acc.reshape([M, 2, RANK]).permute((0, 2, 1)).split()
-        return gl.convert_layout(hi + lo, layout)
+def _produce(ys, ts, memory, which, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    # t comes from the forward; the kernel before this one cleared what the next one counts by
+    gdc_wait()
+    gdc_launch_dependents()
+    if which == 0:
+        _load(ys[0], ts[0], memory, first, row_tiles, BLOCKS, PARTS, STAGES)
+    elif which == 1:
+        _load(ys[1], ts[1], memory, first, row_tiles, BLOCKS, PARTS, STAGES)
     else:
-        return gl.convert_layout(acc, layout)
+        _load(ys[2], ts[2], memory, first, row_tiles, BLOCKS, PARTS, STAGES)
 
 
 @gluon.jit
-def _fill_b(p_b, p_scale, s_b, col, n_cols, RANK: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr):
-    """B's rows of a block of columns, times DoRA's scale of each, as [hi | lo]."""
-    columns: gl.constexpr = RANK * (2 if SPLIT else 1)
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // columns, columns // 4], [4, 1], [1, 0])
-    o_n, o_c = gl.arange(0, COLS, gl.SliceLayout(1, layout)), gl.arange(0, columns, gl.SliceLayout(0, layout))
-    p_tile = p_b + (col + o_n)[:, None].to(gl.int64) * RANK + (o_c % RANK)[None, :]
-    b = gl.load(p_tile, mask=(col + o_n < n_cols)[:, None] & (o_c >= 0)[None, :], other=0.0).to(gl.float32)
+def _load(d_y, d_t, memory, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    s_y, s_t, full, empty, t_full, t_empty = memory
+    for m in range(0, row_tiles):
+        row, t_slot = m * ROWS, m % T_STAGES
+        mbarrier.wait(t_empty.index(t_slot), (m // T_STAGES & 1) ^ 1)
+        mbarrier.expect(t_full.index(t_slot), PARTS * d_t[0].block_type.nbytes)
+        for p in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(d_t[p], [row, 0], t_full.index(t_slot), s_t.index(t_slot * PARTS + p))
+        for i in range(0, BLOCKS):
+            count = m * BLOCKS + i
+            slot = count % STAGES
+            mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(slot), d_y.block_type.nbytes)
+            tma.async_copy_global_to_shared(d_y, [row, (first + i) * COLS], full.index(slot), s_y.index(slot))
+
+
+@gluon.jit
+def _fill_b(p_b, p_scale, s_hi, s_lo, col, n_cols, rank, RANK: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr):
+    """B's rows of a block of columns, times DoRA's scale of each."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
+    o_n, o_r = col + gl.arange(0, COLS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    mask = (o_n < n_cols)[:, None] & (o_r < rank)[None, :]
+    b = gl.load(p_b + o_n[:, None].to(gl.int64) * rank + o_r[None, :], mask=mask, other=0.0).to(gl.float32)
     if SCALED:
-        b *= gl.load(p_scale + col + o_n, mask=col + o_n < n_cols, other=0.0)[:, None]
-    hi = b.to(s_b.dtype)
-    if SPLIT:
-        lo = (b - hi.to(gl.float32)).to(s_b.dtype)
-        s_b.store(gl.where((o_c < RANK)[None, :], hi, lo))
-    else:
-        s_b.store(hi)
-    fence_async_shared()
+        b *= gl.load(p_scale + o_n, mask=o_n < n_cols, other=0.0)[:, None]
+    hi = b.to(s_hi.dtype)
+    s_hi.store(hi)
+    if PARTS == 2:
+        s_lo.store((b - hi.to(gl.float32)).to(hi.dtype))
 
 
 @gluon.jit
-def _make_du(
-    bs, p_scale, p_du, s_b, memory, first, end, order, ns, rows, STAGES: gl.constexpr, RANK: gl.constexpr, SPLIT: gl.constexpr,
-    SCALED: gl.constexpr,
-):  # fmt: skip
-    s_y, _, full, empty, _, _ = memory
-    row_tiles, second, third = order
-    columns: gl.constexpr = RANK * (2 if SPLIT else 1)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANK, 16])
-    o_m, o_r = gl.arange(0, ROWS, gl.SliceLayout(1, narrow)), gl.arange(0, RANK, gl.SliceLayout(0, narrow))
-    known = -1
-    for tile in range(first, end):
-        block, m, which, inside = _place(tile, row_tiles, second, third)
-        if block != known:
-            if which == 0:
-                _fill_b(bs[0], p_scale, s_b, inside * COLS, ns[0], RANK, SPLIT, SCALED)
-            elif which == 1:
-                _fill_b(bs[1], p_scale + ns[0], s_b, inside * COLS, ns[1], RANK, SPLIT, SCALED)
-            else:
-                _fill_b(bs[2], p_scale + ns[0] + ns[1], s_b, inside * COLS, ns[2], RANK, SPLIT, SCALED)
-            known = block
-        count = tile - first
-        slot = count % STAGES
-        acc = gl.zeros([ROWS, columns], gl.float32, layout)
-        mbarrier.wait(full.index(slot), count // STAGES & 1)
-        acc = warpgroup_mma(s_y.index(slot), s_b, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(slot), count=1)
-        row = m * ROWS + o_m
-        o_du = (block.to(gl.int64) * rows + row)[:, None] * RANK + o_r[None, :]
-        gl.store(
-            p_du + o_du, _joined(acc, ROWS, RANK, SPLIT, narrow), mask=(row < rows)[:, None] & (o_r < RANK)[None, :]
-        )
-
-
-@gluon.jit
-def _make_db(p_db, memory, first, end, order, STAGES: gl.constexpr, RANK: gl.constexpr, SPLIT: gl.constexpr):
+def _stream(bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row_tiles, rows, ns, rank, scalings,
+            own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr,
+            STAGES: gl.constexpr):  # fmt: skip
+    """du and dB of every second block of columns, from ``own`` on."""
+    HALF: gl.constexpr = BLOCKS // 2
     s_y, s_t, full, empty, t_full, t_empty = memory
-    row_tiles, second, third = order
-    columns: gl.constexpr = RANK * (2 if SPLIT else 1)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANK, 16])
-    o_n, o_r = gl.arange(0, COLS, gl.SliceLayout(1, narrow)), gl.arange(0, RANK, gl.SliceLayout(0, narrow))
-    o_db = o_n[:, None] * RANK + o_r[None, :]
-    acc = gl.zeros([COLS, columns], gl.float32, layout)
-    for tile in range(first, end):
-        count, block = tile - first, tile // row_tiles
-        slot, t_slot = count % STAGES, count % T_STAGES
-        mbarrier.wait(t_full.index(t_slot), count // T_STAGES & 1)
-        mbarrier.wait(full.index(slot), count // STAGES & 1)
-        acc = warpgroup_mma(s_y.index(slot).permute((1, 0)), s_t.index(t_slot), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(slot), count=1)
+    before = gl.where(which == 0, 0, gl.where(which == 1, ns[0], ns[0] + ns[1]))
+    n_cols = gl.where(which == 0, ns[0], gl.where(which == 1, ns[1], ns[2]))
+    p_b = bs[0]
+    if which == 1:
+        p_b = bs[1]
+    elif which == 2:
+        p_b = bs[2]
+    for c in gl.static_range(HALF):
+        i = 2 * c + own
+        s_hi, s_lo, col = s_b.index(i * PARTS), s_b.index(i * PARTS + PARTS - 1), (first + i) * COLS
+        _fill_b(p_b, p_scale + before, s_hi, s_lo, col, n_cols, rank, RANK, PARTS, SCALED)
+    fence_async_shared()
+    gl.thread_barrier()
+    gdc_wait()
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANK, 16])
+    o_m, o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    o_n = gl.arange(0, COLS, gl.SliceLayout(1, layout))
+    sums = ()
+    for c in gl.static_range(HALF):
+        sums = sums + (gl.zeros([COLS, RANK], gl.float32, layout),)
+    for m in range(0, row_tiles):
+        t_slot = m % T_STAGES
+        mbarrier.wait(t_full.index(t_slot), m // T_STAGES & 1)
+        du = gl.zeros([ROWS, RANK], gl.float32, layout)
+        # zero, unknown to the compiler: it would keep every block's addresses in registers
+        zero = m // FAR
+        added = ()
+        for c in gl.static_range(HALF):
+            i = 2 * c + own + zero
+            count = m * BLOCKS + i
+            slot = count % STAGES
+            db = sums[c]
+            mbarrier.wait(full.index(slot), count // STAGES & 1)
+            for p in gl.static_range(PARTS):
+                du = warpgroup_mma(s_y.index(slot), s_b.index(i * PARTS + p), du, is_async=True)
+                db = warpgroup_mma(s_y.index(slot).permute((1, 0)), s_t.index(t_slot * PARTS + p), db, is_async=True)
+            du, db = warpgroup_mma_wait(0, deps=(du, db))
+            mbarrier.arrive(empty.index(slot), count=1)
+            added = added + (db,)
+        sums = added
         mbarrier.arrive(t_empty.index(t_slot), count=1)
-        if (tile + 1 == end) | ((tile + 1) // row_tiles != block):
-            place = (gl.program_id(0) + block).to(gl.int64) * (COLS * RANK)
-            gl.store(p_db + place + o_db, _joined(acc, COLS, RANK, SPLIT, narrow))
-            acc = gl.zeros([COLS, columns], gl.float32, layout)
+        # part 2 * program + own
+        p_rows = p_part + ((2 * gl.program_id(0) + own) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
+        gl.store(p_rows + o_m[:, None] * RANK + o_r[None, :], du)
+        gl.thread_barrier()
+        gl.atomic_add(p_arrived + which * row_tiles + m, 1, sem="release", scope="gpu")
+    factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
+    for c in gl.static_range(HALF):
+        o_col = (first + 2 * c + own) * COLS + o_n
+        db = sums[c] * factor
+        if SCALED:
+            db *= gl.load(p_scale + before + o_col, mask=o_col < n_cols, other=0.0)[:, None]
+        o_db = (before + o_col)[:, None].to(gl.int64) * rank + o_r[None, :]
+        gl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=(o_col < n_cols)[:, None] & (o_r < rank)[None, :])
 
 
-VARYING = "n1 n2 n3 rows row_tiles tiles each second third".split()
+@gluon.jit
+def _sum(p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_tiles, rows, rank, padded, du_stride, scalings,
+         RANK: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """du of every so many tiles of rows, of projection ``which``'s programs: ``programs`` from ``begin`` on."""
+    gdc_wait()
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
+    o_m, o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    o_part = o_m[:, None] * RANK + o_r[None, :]
+    factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
+    for m in range(inside, row_tiles, programs):
+        await_count(p_arrived + which * row_tiles + m, 2 * programs)
+        gl.thread_barrier()
+        total = gl.zeros([ROWS, RANK], gl.float32, layout)
+        for first in range(0, 2 * programs, AT_ONCE):
+            for k in gl.static_range(AT_ONCE):
+                p_rows = p_part + ((2 * begin + first + k) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
+                there = (o_part >= 0) & (first + k < 2 * programs)
+                total += gl.load(p_rows + o_part, mask=there, other=0.0, cache_modifier=".cg")
+        total *= factor
+        row = m * ROWS + o_m
+        mask = (row < rows)[:, None] & (o_r < rank)[None, :]
+        p_out = p_du + row[:, None].to(gl.int64) * du_stride + which * padded + o_r[None, :]
+        hi = total.to(p_du.dtype.element_ty)
+        gl.store(p_out, hi, mask=mask)
+        if PARTS == 2:
+            gl.store(p_out + rank, (total - hi.to(gl.float32)).to(hi.dtype), mask=mask)
+            gl.store(p_out + 2 * rank, hi, mask=mask)
+        rows_written(p_work + READY + m // 2)
+        gl.atomic_add(p_work + DONE, 1, sem="release", scope="gpu")
+
+
+VARYING = "n1 n2 n3 rows row_tiles rank padded du_stride begin2 begin3 programs1 programs2 programs3".split()
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def lora_dy_kernel(
-    d_y1, d_y2, d_y3, d_t1, d_t2, d_t3, p_b1, p_b2, p_b3, p_scale, p_du, p_db,
-    n1, n2, n3, rows, row_tiles, tiles, each, second, third,
-    RANK: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, T_TILE: gl.constexpr,
-    B_TILE: gl.constexpr,
+    d_y1, d_y2, d_y3, d_hi1, d_hi2, d_hi3, d_lo1, d_lo2, d_lo3, p_b1, p_b2, p_b3, p_scale, p_part, p_du, p_db, p_work, p_arrived,
+    s1, s2, s3, n1, n2, n3, rows, row_tiles, rank, padded, du_stride, begin2, begin3, programs1, programs2, programs3,
+    RANK: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
+    T_TILE: gl.constexpr, B_TILE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_y1.dtype
-    columns: gl.constexpr = RANK * (2 if SPLIT else 1)
     s_y = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS], Y_TILE)
-    s_t = gl.allocate_shared_memory(dtype, [T_STAGES, ROWS, columns], T_TILE)
-    s_b = gl.allocate_shared_memory(dtype, [COLS, columns], B_TILE)
+    s_t = gl.allocate_shared_memory(dtype, [T_STAGES * PARTS, ROWS, RANK], T_TILE)
+    s_b = gl.allocate_shared_memory(dtype, [BLOCKS * PARTS, COLS, RANK], B_TILE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     t_full = gl.allocate_shared_memory(gl.int64, [T_STAGES, 1], mbarrier.MBarrierLayout())
     t_empty = gl.allocate_shared_memory(gl.int64, [T_STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(T_STAGES):
         mbarrier.init(t_full.index(i), count=1)
-        mbarrier.init(t_empty.index(i), count=1)
-    memory, order = (s_y, s_t, full, empty, t_full, t_empty), (row_tiles, second, third)
-    ys, ts, bs, ns = (d_y1, d_y2, d_y3), (d_t1, d_t2, d_t3), (p_b1, p_b2, p_b3), (n1, n2, n3)
-    first = gl.program_id(0) * each
-    end = gl.minimum(first + each, tiles)
+        mbarrier.init(t_empty.index(i), count=2)
+    memory = (s_y, s_t, full, empty, t_full, t_empty)
+    ys, bs, ns, scalings = (d_y1, d_y2, d_y3), (p_b1, p_b2, p_b3), (n1, n2, n3), (s1, s2, s3)
+    ts = ((d_hi1, d_lo1), (d_hi2, d_lo2), (d_hi3, d_lo3))
+    program = gl.program_id(0)
+    which = (program >= begin2).to(gl.int32) + (program >= begin3).to(gl.int32)
+    begin = gl.where(which == 0, 0, gl.where(which == 1, begin2, begin3))
+    programs = gl.where(which == 0, programs1, gl.where(which == 1, programs2, programs3))
+    inside = program - begin
+    first = inside * BLOCKS
+    # named: a number written into the lists below is no constexpr
+    even: gl.constexpr = 0
+    odd: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_make_du, (bs, p_scale, p_du, s_b, memory, first, end, order, ns, rows, STAGES, RANK, SPLIT, SCALED)),
-            (_make_db, (p_db, memory, first, end, order, STAGES, RANK, SPLIT)),
-            (_produce, (ys, ts, memory, first, end, order, STAGES)),
+            (_stream, (bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row_tiles, rows, ns, rank, scalings,
+                       even, RANK, BLOCKS, PARTS, SCALED, STAGES)),
+            (_stream, (bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row_tiles, rows, ns, rank, scalings,
+                       odd, RANK, BLOCKS, PARTS, SCALED, STAGES)),
+            (_sum, (p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_tiles, rows, rank, padded, du_stride,
+                    scalings, RANK, PARTS)),
+            (_produce, (ys, ts, memory, which, first, row_tiles, BLOCKS, PARTS, STAGES)),
         ],
-        [4, 1],
-        [232, 40],
-    )
+        [4, 4, 1],
+        [200, 72, 40],
+    )  # fmt: skip
 
 
 class Pass(NamedTuple):
-    """The launch, its tiles for each program, and the fp32 numbers that it hands over."""
+    """The launch and its sizes.
+
+    ``parts``: numbers of du in the making; ``arrivals``, ``work``: counters, its own and those that the product has too;
+    ``makers``: of a tile of rows of du; ``done``: tiles in all.
+    """
 
     run: Prepared
-    row_tiles: int
-    each: int
-    du_size: int
-    db_size: int
+    parts: int
+    arrivals: int
+    work: int
+    makers: int
+    done: int
 
 
-def tile_of(rows: int, columns: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+class Form(NamedTuple):
+    """Columns of a power of 2, blocks of 128 columns of one program, stages."""
+
+    rank: int
+    blocks: int
+    stages: int
+
+    @classmethod
+    def of(cls, layout: Layout, blocks: int) -> "Form | None":
+        rank, parts = max(16, next_power_of_2(layout.rank)), 2 if layout.split else 1
+        free = SHARED - 2 * rank * parts * (blocks * COLS.value + T_STAGES.value * ROWS.value)
+        stages = min(MOST_STAGES, free // (2 * ROWS.value * COLS.value))
+        return cls(rank, blocks, stages) if blocks // 2 * rank <= KEEPS and stages >= 3 else None
+
+    def programs(self, ns: tuple[int, ...]) -> list[int]:
+        return [cdiv(n, COLS.value * self.blocks) for n in ns]
+
+    def tiles(self) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
+        return tuple(
+            gl.NVMMASharedLayout.get_default_for([n, self.rank], gl.bfloat16) for n in (ROWS.value, COLS.value)
+        )
+
+    def busy(self, rows: int, split: bool, programs: int) -> float:
+        """Microseconds; a large rank waits for the tensor cores."""
+        products = cdiv(self.rank, 32) * (1.5 if split else 1.0)
+        return rows * self.blocks * COLS.value * 2 / min(ONE / max(1.0, products * 0.75), ALL / programs)
+
+
+def best(layout: Layout, rows: int, ns: tuple[int, ...], width: int, sms: int) -> Form | None:
+    """The form with which the product beside it ends first."""
+    found = []
+    m_tiles, n_tiles, total = cdiv(rows, BLOCK_M.value), cdiv(width, BLOCK_N.value), sum(ns)
+    for blocks in (2, 4, 6, 8, 12, 16):
+        form = Form.of(layout, blocks)
+        if form is None or (programs := sum(form.programs(ns))) > sms - 4:
+            continue
+        busy = MARGIN * form.busy(rows, layout.split, programs)
+        end = finished(busy, programs, m_tiles * n_tiles, TILE * total, sms)
+        late = lateness(m_tiles, n_tiles, TILE * total, sms - programs, lambda tiles: busy * tiles / m_tiles)
+        found.append((end + late, programs, form))
+    return min(found)[2] if found else None
 
 
 @lru_cache(KEPT)
 def prepared(
-    layout: Layout, rows: int, ns: tuple[int, ...], scaled: bool, dtype: torch.dtype, adapters: torch.dtype,
-    device: torch.device,
+    layout: Layout, rows: int, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], scaled: bool, dtype: torch.dtype,
+    adapters: torch.dtype, device: torch.device,
 ) -> Pass | None:  # fmt: skip
-    """None where this kernel does not take the pass: other ranks than 16 and 32, columns that the engine cannot copy."""
-    rank, columns = layout.rank, layout.rank * (2 if layout.split else 1)
-    if rank not in RANKS or dtype not in (torch.bfloat16, torch.float16):
+    """None where this kernel does not take the pass: ranks over 64, columns that the engine cannot copy."""
+    if layout.rank > MOST_RANK or dtype not in (torch.bfloat16, torch.float16) or any(n % 8 for n in ns):
         return None
-    if any(n % 8 for n in ns):
+    if layout.split and layout.rank % 8:
         return None
-    first = [0]
-    for n in ns:
-        first.append(first[-1] + cdiv(n, COLS.value))
-    row_tiles = cdiv(rows, ROWS.value)
-    tiles = row_tiles * first[-1]
-    each = cdiv(tiles, sm_count(device))
-    programs, count = cdiv(tiles, each), layout.count
-    t_tile, b_tile = tile_of(ROWS.value, columns), tile_of(COLS.value, columns)
-    last = lambda found: [*found, *found[-1:] * (3 - len(found))]
+    form = best(layout, rows, ns, width, sm_count(device))
+    if form is None:
+        return None
+    programs, parts = form.programs(ns), 2 if layout.split else 1
+    row_tiles = 2 * cdiv(rows, BLOCK_M.value)
+    t_tile, b_tile = form.tiles()
+    t_of = lambda j, part: Matrix(
+        rows, layout.rank, layout.padded, (ROWS.value, form.rank), t_tile,
+        j * rows * layout.padded + part * layout.rank,
+    )  # fmt: skip
     ys = [Matrix(rows, n, n, (ROWS.value, COLS.value), Y_TILE.value) for n in ns]
-    ts = [
-        Matrix(rows, columns, layout.padded, (ROWS.value, columns), t_tile, j * rows * layout.padded)
-        for j in range(count)
-    ]
+    his, los = ([t_of(j, part) for j in range(layout.count)] for part in (0, parts - 1))
+    last = lambda found: [*found, *found[-1:] * (3 - len(found))]
+    total = sum(programs)
+    begins = [sum(programs[:1]), sum(programs[:2])]
+    begins = [begin if j + 1 < layout.count else total for j, begin in enumerate(begins)]
     run = Prepared(
         "lora_linear backward (dy)",
         lora_dy_kernel,
         device,
-        (programs,),
-        (*fill(ns, 0), rows, row_tiles, tiles, each, *first[1:count], *[first[-1]] * (3 - count)),
-        {
-            "RANK": rank,
-            "SPLIT": layout.split,
-            "SCALED": scaled,
-            "STAGES": STAGES[columns],
-            "T_TILE": t_tile,
-            "B_TILE": b_tile,
-        }
-        | {"num_warps": 4, "maxnreg": 168},
-        (*last(ys), *last(ts), None, None, None, None, None, None),
+        (total,),
+        (*fill(scalings, 0.0), *fill(ns, 0), rows, row_tiles, layout.rank, layout.padded, layout.count * layout.padded)
+        + (*begins, *fill(tuple(programs), 0)),
+        {"RANK": form.rank, "BLOCKS": form.blocks, "PARTS": parts, "SCALED": scaled, "STAGES": form.stages}
+        | {"T_TILE": t_tile, "B_TILE": b_tile, "num_warps": 4, "maxnreg": 128, "launch_pdl": True},
+        (*last(ys), *last(his), *last(los), *[None] * 9),
     )
-    return Pass(run, row_tiles, each, first[-1] * rows * rank, (programs + first[-1]) * COLS.value * rank)
+    return Pass(
+        run, 2 * total * row_tiles * ROWS.value * form.rank, layout.count * row_tiles, work_size(rows),
+        2 * layout.count, layout.count * row_tiles,
+    )  # fmt: skip
 
 
-def du_and_db_parts(
-    plan: Pass, dys: list[Tensor], t: Tensor, many_b: list[Tensor], scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(blocks, M, R) and (parts, 256, R) in fp32; ``scale``: DoRA's (N of all,), of B's rows for du."""
-    du = t.new_empty(plan.du_size, dtype=torch.float32)
-    db = t.new_empty(plan.db_size, dtype=torch.float32)
-    plan.run(*three(dys), *three([t]), *three(many_b), du if scale is None else scale, du, db)
-    return du, db
+def du_and_db(
+    plan: Pass, dys: list[Tensor], t: Tensor, many_b: list[Tensor], scale: Tensor | None, layout: Layout, db: Tensor,
+    work: Tensor, arrived: Tensor,
+) -> Tensor:  # fmt: skip
+    """du (M, count * padded) as parts; writes db.
+
+    ``scale``: DoRA's (N of all,), of B's rows; ``work`` and ``arrived``: set to zero by the kernel before this one.
+    """
+    part = t.new_empty(plan.parts, dtype=torch.float32)
+    du = layout.buffer(t, dys[0].shape[0], layout.count * layout.padded)
+    plan.run(
+        *three(dys),
+        *three([t]),
+        *three([t]),
+        *three(many_b),
+        part if scale is None else scale,
+        part,
+        du,
+        db,
+        work,
+        arrived,
+    )
+    return du

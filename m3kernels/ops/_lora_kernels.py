@@ -276,11 +276,11 @@ def _add_up(p_slab, o_sum, slab_stride, shares):
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "rows_each", "shares", "t_each"])
+@triton.jit(do_not_specialize=["rows", "rows_each", "shares", "t_each", "done"])
 def lora_outer_kernel(
-    p_y1, p_y2, p_y3, p_x, p_t, p_u, p_db, p_da, p_slabs, p_arrived, p_scale, p_seed,
+    p_y1, p_y2, p_y3, p_x, p_t, p_u, p_db, p_da, p_slabs, p_arrived, p_scale, p_seed, p_work,
     n1, n2, n3, width, x_stride, rows, rows_each, rank, t_stride, t_each, u_stride, u_each, part, s1, s2, s3, dropout, y_blocks,
-    shares,
+    shares, done,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
     SCALED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, WITH_Y: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -298,6 +298,12 @@ def lora_outer_kernel(
     place = tl.program_id(2) * tl.num_programs(0) + block
     p_slab = p_slabs + (place * shares).to(tl.int64) * slab
     p_own, p_arrived = p_slab + share * slab, p_arrived + place
+    if OVERLAP:
+        if done > 0:
+            # the kernel before the product may still write u
+            while tl.atomic_add(p_work + 1, 0, sem="acquire") < done:
+                pass
+            tl.debug_barrier()
     if WITH_Y and block < y_blocks:
         blocks1, blocks2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)
         which = (block >= blocks1).to(tl.int32) + (block >= blocks2)
@@ -340,7 +346,7 @@ def lora_outer_kernel(
                 da = _add_up(p_slab, j * BLOCK_N * RANK + o_sum, slab, shares) / (1.0 - dropout)
                 tl.store(p_da + tl.cast(j * rank, tl.int64) * width + o_da, da.to(p_da.dtype.element_ty), mask=mask)
     if OVERLAP:
-        # du was there before the product let this begin; what follows may not begin before the product has ended
+        # what follows may not begin before the product has ended
         tl.extra.cuda.gdc_wait()
 
 

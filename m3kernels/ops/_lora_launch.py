@@ -291,6 +291,12 @@ def make_du(
     return du, a
 
 
+def make_a(dys: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], layout: Layout, cleared: Tensor) -> Tensor:
+    """A_j below each other as :func:`make_du`; ``cleared``: set to zero."""
+    ones = [1.0] * layout.count
+    return _run_shrink(dys, many_b, many_a, layout, False, ones, ones, None, 0.0, None, False, cleared)[1]
+
+
 def put_parts(out: Tensor, x: Tensor, small: Tensor, layout: Layout) -> None:
     """x small as parts, by cuBLAS; ``small`` (columns of x, R)."""
     if not layout.split:

@@ -57,7 +57,16 @@ def t_and_low(
             work = x.new_empty(_beside.work_size(x.shape[0]), dtype=torch.int32)
             columns = layout.count * layout.rank
             a, low, *norms = skinny.make_parts(
-                x, many_a, many_b, scalings, magnitudes, squares, layout, columns * (2 if layout.split else 1), columns, work
+                x,
+                many_a,
+                many_b,
+                scalings,
+                magnitudes,
+                squares,
+                layout,
+                columns * (2 if layout.split else 1),
+                columns,
+                work,
             )
             return Begun(_lora_x_hopper.t_of(run, x, a, work, layout), low, *norms, work)
     norms = [None, None]
@@ -97,15 +106,16 @@ def project(
     return found
 
 
-def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, dropout: float) -> bool:
+def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, dropout: float, plan) -> bool:
     """Whether :func:`input_gradient` lets what follows it begin before it has ended."""
-    if dropout or not _overlaps(dys[0], layout) or (kernel := _hopper(dys[0].device)) is None:
+    if (kernel := _hopper(dys[0].device)) is None or dropout or not (plan or _overlaps(dys[0], layout)):
         return False
-    return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True) is not None
+    makers = plan.makers if plan else 0
+    return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True, makers) is not None
 
 
-def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scaled: bool):
-    """The plan of a pass over dy for both du and dB, or None where it takes two."""
+def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scalings: list[float], scaled: bool, width: int):
+    """The plan of a pass over dy for both du and dB, or None where it takes two; ``width``: of x."""
     if _hopper(dys[0].device) is None:
         return None
     from m3kernels.ops import _lora_dy_hopper
@@ -116,30 +126,26 @@ def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scaled: bo
     if bits & 15 or not all(b.is_contiguous() for b in many_b):
         return None
     ns = tuple([dy.shape[1] for dy in dys])
-    return _lora_dy_hopper.prepared(layout, dys[0].shape[0], ns, scaled, dys[0].dtype, many_b[0].dtype, dys[0].device)
+    return _lora_dy_hopper.prepared(
+        layout, dys[0].shape[0], ns, width, tuple(scalings), scaled, dys[0].dtype, many_b[0].dtype, dys[0].device
+    )
 
 
-def du_and_db(
-    plan, dys: list[Tensor], t: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout,
-    db: Tensor, arrived: Tensor, scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(du, a) as :func:`make_du`; writes db."""
+def du_and_db(plan, *given, **named) -> Tensor:
+    """:func:`m3kernels.ops._lora_dy_hopper.du_and_db`, which only Hopper's Triton can import."""
     from m3kernels.ops import _lora_dy_hopper
 
-    parts = _lora_dy_hopper.du_and_db_parts(plan, dys, t, many_b, scale)
-    return sums.add_parts(
-        *parts, many_a, db, [dy.shape[1] for dy in dys], dys[0].shape[0], layout, scalings, plan.row_tiles, plan.each,
-        _lora_dy_hopper.COLS.value, arrived, scale, t.dtype,
-    )  # fmt: skip
+    return _lora_dy_hopper.du_and_db(plan, *given, **named)
 
 
 def input_gradient(
     dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, dropout: float, seeds: Tensor | None,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...], plan, work: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """sum_j dy_j W_j + drop_j'(du_j A_j) in ``shape``; right after du."""
+    """sum_j dy_j W_j + drop_j'(du_j A_j) in ``shape``; right after du, or while ``plan``'s pass still makes it."""
     if not dropout and (kernel := _hopper(du.device)) is not None:
-        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, None, [shape], _overlaps(du, layout))
+        overlaps, makers = (True, plan.makers) if plan else (_overlaps(du, layout), 0)
+        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, None, [shape], overlaps, work, makers)
         if found is not None:
             return found[0]
     dx = du.new_empty(shape)

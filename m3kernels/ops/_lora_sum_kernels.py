@@ -1,11 +1,10 @@
-"""What goes with the passes over the large operands: parts of A and B, sums of parts, DoRA's k dy.
+"""What goes with the passes over the large operands: parts of A and B, DoRA's norms and k dy.
 
 parts    A as rows [hi ; lo], s B as [hi | hi | lo], DoRA's norms and scales from the squares of its rows
-sum      du, dB and A's parts from what one pass over dy left (:mod:`m3kernels.ops._lora_dy_hopper`)
 dora     dz = k dy and sum(dy * y)
 """
 
-from m3kernels.ops._lora_kernels import PARTS_BLOCK, SMALLEST, _clear, _one_of, _pointer_of, _store_parts, _write_parts
+from m3kernels.ops._lora_kernels import PARTS_BLOCK, SMALLEST, _clear, _pointer_of, _write_parts
 from m3kernels.ops._triton import tl, triton
 
 
@@ -54,72 +53,6 @@ def lora_parts_kernel(
         scale = tl.div_rn(m, norm)
         tl.store(p_norm + o_n, norm, mask=m_n)
         tl.store(p_scale + o_n, tl.where(scale == 0.0, SMALLEST, scale), mask=m_n)
-
-
-@triton.jit
-def _sum_of_parts(
-    p_parts, stride, first, end, o_row, m_row, ROWS: tl.constexpr, RANK: tl.constexpr, AT_ONCE: tl.constexpr
-):
-    """The sum over parts ``first`` to ``end`` of rows of (parts, rows, RANK), always in one order."""
-    o_p, o_r = tl.arange(0, AT_ONCE), tl.arange(0, RANK)
-    b_sum = tl.zeros([ROWS, RANK], tl.float32)
-    o_in = o_row[None, :, None].to(tl.int64) * RANK + o_r[None, None, :]
-    for i in range(first, end, AT_ONCE):
-        mask = (i + o_p < end)[:, None, None] & m_row[None, :, None]
-        b_sum += tl.sum(
-            tl.load(p_parts + (i + o_p)[:, None, None].to(tl.int64) * stride + o_in, mask=mask, other=0.0), axis=0
-        )
-    return b_sum
-
-
-@triton.jit(do_not_specialize=["rows", "row_tiles", "each"])
-def lora_sum_kernel(
-    p_part_du, p_part_db, p_a1, p_a2, p_a3, p_scale, p_du, p_db, p_parts, p_arrived,
-    s1, s2, s3, n1, n2, n3, second, third, blocks, rows, row_tiles, each, length, base2, base3, du_stride, padded, arrivals,
-    parts_programs, du_programs,
-    COLS: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """What the pass over dy left: du of each projection as [hi | lo | hi], db, and A as parts [hi ; hi ; lo].
-
-    SCALED: db times a scale of each row.
-    """
-    if OVERLAP:
-        # the product needs none of this before the end of its first tile
-        tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    if program == 0:
-        _clear(p_arrived, arrivals)
-    ROWS: tl.constexpr = 16
-    o_r = tl.arange(0, RANK)
-    if program < parts_programs:
-        _write_parts(
-            program, p_a1, p_a2, p_a3, p_parts, length, length * (COUNT > 1), length * (COUNT > 2), 0, base2, base3, 1.0, 1.0,
-            1.0, length, 0, length, SPLIT,
-        )  # fmt: skip
-    elif program < parts_programs + du_programs * COUNT:
-        index = program - parts_programs
-        which, o_m = index // du_programs, index % du_programs * ROWS + tl.arange(0, ROWS)
-        first, end = _one_of(which, 0, second, third), _one_of(which, second, third, blocks)
-        b_du = _sum_of_parts(p_part_du, rows.to(tl.int64) * RANK, first, end, o_m, o_m < rows, ROWS, RANK, 8)
-        b_du *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
-        p_out = p_du + o_m.to(tl.int64)[:, None] * du_stride + which * padded + o_r[None, :]
-        _store_parts(p_out, b_du, RANK, (o_m < rows)[:, None] & (o_r >= 0)[None, :], "lo", SPLIT)
-    else:
-        index = program - parts_programs - du_programs * COUNT
-        block, o_b = index // (COLS // ROWS), index % (COLS // ROWS) * ROWS + tl.arange(0, ROWS)
-        which = (block >= second).to(tl.int32) + (block >= third)
-        o_n = (block - _one_of(which, 0, second, third)) * COLS + o_b
-        # part c + block is of program c, which took tiles c * each and on; a block has row_tiles of them
-        first, last = block * row_tiles // each, ((block + 1) * row_tiles - 1) // each
-        b_db = _sum_of_parts(p_part_db, COLS * RANK, first + block, last + block + 1, o_b, o_b >= 0, ROWS, RANK, 4)
-        b_db *= _one_of(which, tl.cast(s1, tl.float32), tl.cast(s2, tl.float32), tl.cast(s3, tl.float32))
-        row, m_n = _one_of(which, 0, n1, n1 + n2) + o_n, o_n < _one_of(which, n1, n2, n3)
-        if SCALED:
-            b_db *= tl.load(p_scale + row, mask=m_n, other=1.0)[:, None]
-        tl.store(
-            p_db + row.to(tl.int64)[:, None] * RANK + o_r[None, :], b_db.to(p_db.dtype.element_ty), mask=m_n[:, None]
-        )
 
 
 @triton.jit(do_not_specialize=["rows"])

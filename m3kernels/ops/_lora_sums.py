@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from m3kernels.ops._common import cdiv, launch, overlap_meta, sm_count
-from m3kernels.ops._lora_kernels import PARTS_BLOCK, lora_expand_kernel, lora_outer_kernel
+from m3kernels.ops._common import cdiv, launch, sm_count
+from m3kernels.ops._lora_kernels import lora_expand_kernel, lora_outer_kernel
 from m3kernels.ops._lora_launch import (
-    MOST,
     Layout,
     by_cublas,
     columns_of,
@@ -21,63 +20,11 @@ from m3kernels.ops._lora_launch import (
     product32,
     three,
 )
-from m3kernels.ops._lora_sum_kernels import dora_grad_kernel, lora_sum_kernel
+from m3kernels.ops._lora_sum_kernels import dora_grad_kernel
 from m3kernels.ops._prepared import KEPT, Prepared
 
 # programs of the outer pass for each multiprocessor
 OUTER_PROGRAMS = 4
-
-
-@lru_cache(KEPT)
-def _sum(
-    layout: Layout, rows: int, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], row_tiles: int, each: int,
-    cols: int, arrivals: int, scaled: bool, device, *_,
-) -> Prepared:  # fmt: skip
-    rank, count, padded = layout.rank, layout.count, layout.padded
-    first = [0]
-    for n in ns:
-        first.append(first[-1] + cdiv(n, cols))
-    length, blocks = rank * width, first[-1]
-    parts_programs, du_programs = count * cdiv(length, PARTS_BLOCK.value), cdiv(rows, 16)
-    bases = (padded * width, 2 * padded * width)
-    return Prepared(
-        "lora_linear backward (sum)",
-        lora_sum_kernel,
-        device,
-        (parts_programs + count * du_programs + blocks * (cols // 16),),
-        (
-            *fill(scalings, 0.0),
-            *fill(ns, 0),
-            *first[1:count],
-            *[blocks] * (MOST - count),
-            blocks,
-            rows,
-            row_tiles,
-            each,
-            length,
-        )
-        + (*bases, count * padded, padded, arrivals, parts_programs, du_programs),
-        {"COLS": cols, "RANK": rank, "COUNT": count, "SPLIT": layout.split, "SCALED": scaled}
-        | {"OVERLAP": overlap_meta(device)["OVERLAP"]},
-    )
-
-
-def add_parts(
-    part_du: Tensor, part_db: Tensor, many_a: list[Tensor], db: Tensor, ns: list[int], rows: int, layout: Layout,
-    scalings: list[float], row_tiles: int, each: int, cols: int, arrived: Tensor,
-    scale: Tensor | None, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(du, a) as :func:`make_du`, of what one pass over dy left; writes db."""
-    many_a = [a.contiguous() for a in many_a]
-    width, device = many_a[0].shape[1], part_du.device
-    du = torch.empty((rows, layout.count * layout.padded), dtype=dtype, device=device)
-    a = torch.empty((layout.count * layout.padded, width), dtype=dtype, device=device)
-    run = _sum(
-        layout, rows, tuple(ns), width, tuple(scalings), row_tiles, each, cols, arrived.numel(), scale is not None, device, dtype,
-        many_a[0].dtype,
-    )  # fmt: skip
-    run(part_du, part_db, *three(many_a), part_du if scale is None else scale, du, db, a, arrived)
-    return du, a
 
 
 class Summing(NamedTuple):
@@ -91,7 +38,7 @@ class Summing(NamedTuple):
 @lru_cache(KEPT)
 def _outer(
     layout: Layout, rows: int, ns: tuple[int, ...], width: int, x_stride: int, scalings: tuple[float, ...],
-    scaled: bool, dropout: float, overlaps: bool, device, dtype, *_,
+    scaled: bool, dropout: float, overlaps: bool, done: int, device, dtype, *_,
 ) -> Summing:  # fmt: skip
     rank, count, padded = layout.rank, layout.count, layout.padded
     config, form = outer_form(layout, scaled, dropout, dtype)
@@ -116,7 +63,7 @@ def _outer(
             rows * padded,
             count * padded,
         )
-        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares),
+        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares, done),
         form
         | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
         | options_of(config)
@@ -141,25 +88,38 @@ class Sums(NamedTuple):
 
 
 class Adding(NamedTuple):
-    """The sums of one backward in the making."""
+    """The sums of one backward in the making.
+
+    ``counters``: all that kernels count by, set to zero before them: ``arrived`` of the sums, and, where one pass over dy makes
+    du, that pass's and what the product beside it counts by.
+    """
 
     run: Prepared | None
     slabs: Tensor
+    counters: Tensor | None
     arrived: Tensor | None
+    of_pass: Tensor | None
+    work: Tensor | None
 
     @classmethod
     def of(
         cls, x: Tensor, ns: list[int], layout: Layout, scalings: list[float], scaled: bool, dropout: float,
-        overlaps: bool, dtype: torch.dtype,
+        overlaps: bool, dtype: torch.dtype, plan,
     ) -> "Adding":  # fmt: skip
-        """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums."""
-        if by_cublas(layout, dropout, x.device, x.dtype):
-            return cls(None, x, None)
-        run, slabs, arrivals = _outer(
-            layout, x.shape[0], tuple(ns), x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps, x.device,
-            x.dtype, dtype,
-        )  # fmt: skip
-        return cls(run, x.new_empty(slabs, dtype=torch.float32), x.new_empty(arrivals, dtype=torch.int32))
+        """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums; ``plan``: of one pass over dy."""
+        run, slabs, arrivals = None, 0, 0
+        if not by_cublas(layout, dropout, x.device, x.dtype):
+            ns = () if plan else tuple(ns)
+            run, slabs, arrivals = _outer(
+                layout, x.shape[0], ns, x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps,
+                plan.done if plan and overlaps else 0, x.device, x.dtype, dtype,
+            )  # fmt: skip
+        elif not plan:
+            return cls(None, x, None, None, None, None)
+        # each begins at 16 bytes
+        sizes = [cdiv(n, 4) * 4 for n in (arrivals, *((plan.arrivals, plan.work) if plan else ()))]
+        counters = x.new_empty(sum(sizes), dtype=torch.int32)
+        return cls(run, x.new_empty(slabs, dtype=torch.float32), counters, *[*counters.split(sizes), None, None][:3])
 
 
 def adapter_gradients(
@@ -172,7 +132,10 @@ def adapter_gradients(
         return
     unused = sums.db
     none = lambda option: unused if option is None else option
-    adding.run(*three(dys or [x]), x, t, du, sums.db, sums.da, adding.slabs, adding.arrived, none(scales), none(seeds))
+    adding.run(
+        *three(dys or [x]), x, t, du, sums.db, sums.da, adding.slabs, adding.arrived, none(scales), none(seeds),
+        adding.arrived if adding.work is None else adding.work,
+    )  # fmt: skip
 
 
 def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales) -> None:
@@ -185,7 +148,7 @@ def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales) -> None:
     size, strides = sums.da.shape, (layout.padded * width, width, 1)
     da = found.as_strided(size, strides)
     sums.da.copy_(da + found.as_strided(size, strides, rank * width) if layout.split else da)
-    if scales is not None:
+    if scales is not None and dys:
         sums.db.mul_(scales[:, None])
 
 

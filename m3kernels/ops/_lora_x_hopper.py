@@ -25,74 +25,71 @@ from m3kernels.ops._prepared import KEPT, Prepared
 BLOCK_K = gl.constexpr(128)
 LOADED = 200 * 1024  # bytes of tiles
 MOST_STAGES = 8
-MOST_COLUMNS = 256  # of t, all layers
+MOST_COLUMNS = 256  # of t
+TOGETHER = 128  # of several layers: beyond, each layer reads x from the cache again
 
 X_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16))
 
 
 @gluon.jit
-def _produce(d_x, small, memory, m_tiles, k_tiles, PARTS: gl.constexpr, STAGES: gl.constexpr):
+def _produce(d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS: gl.constexpr, STAGES: gl.constexpr):
     # A's parts come from the kernel before this one, which also cleared what the product counts by
     gdc_wait()
     gdc_launch_dependents()
     s_x, s_a, full, empty = memory
     count = 0
     for m in range(gl.program_id(0), m_tiles, gl.num_programs(0)):
-        for i in range(0, k_tiles):
-            slot = count % STAGES
+        for i in range(0, passes * k_tiles):
+            slot, k, a_row = count % STAGES, i % k_tiles * BLOCK_K, i // k_tiles * columns
             mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
             mbarrier.expect(
                 full.index(slot), CONSUMERS * d_x.block_type.nbytes + PARTS * small[0].block_type.nbytes
             )
             for c in gl.static_range(CONSUMERS):
                 row = m * BLOCK_M + c * ROWS
-                tma.async_copy_global_to_shared(
-                    d_x, [row, i * BLOCK_K], full.index(slot), s_x.index(slot * CONSUMERS + c)
-                )
+                tma.async_copy_global_to_shared(d_x, [row, k], full.index(slot), s_x.index(slot * CONSUMERS + c))
             for p in gl.static_range(PARTS):
-                tma.async_copy_global_to_shared(
-                    small[p], [0, i * BLOCK_K], full.index(slot), s_a.index(slot * PARTS + p)
-                )
+                tma.async_copy_global_to_shared(small[p], [a_row, k], full.index(slot), s_a.index(slot * PARTS + p))
             count += 1
 
 
 @gluon.jit
-def _consume(p_t, p_work, memory, m_tiles, k_tiles, rows, columns, which: gl.constexpr, RANK: gl.constexpr,
+def _consume(p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, which: gl.constexpr, RANK: gl.constexpr,
              PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     s_x, s_a, full, empty = memory
     count = 0
     for m in range(gl.program_id(0), m_tiles, gl.num_programs(0)):
-        acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
-        for i in range(0, k_tiles):
-            slot = count % STAGES
-            mbarrier.wait(full.index(slot), count // STAGES & 1)
-            for p in gl.static_range(PARTS):
-                acc = warpgroup_mma(
-                    s_x.index(slot * CONSUMERS + which), s_a.index(slot * PARTS + p).permute((1, 0)), acc, is_async=True
-                )
-            acc = warpgroup_mma_wait(PARTS, deps=(acc,))
-            # the products before these have been read
-            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=i > 0)
-            count += 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
         row = m * BLOCK_M + which * ROWS
-        o_m, o_c = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-        mask = (o_m < rows - row)[:, None] & (o_c < columns)[None, :]
-        # t_j lies below t_(j - 1)
-        o_t = ((row + o_m) * PADDED)[:, None] + ((o_c // RANK) * (rows * PADDED) + o_c % RANK)[None, :]
-        hi = acc.to(p_t.dtype.element_ty)
-        gl.store(p_t + o_t, hi, mask=mask)
-        if PARTS == 2:
-            gl.store(p_t + o_t + RANK, (acc - hi.to(gl.float32)).to(hi.dtype), mask=mask)
-            gl.store(p_t + o_t + 2 * RANK, hi, mask=mask)
+        for j in range(0, passes):
+            acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+            for i in range(0, k_tiles):
+                slot = count % STAGES
+                mbarrier.wait(full.index(slot), count // STAGES & 1)
+                for p in gl.static_range(PARTS):
+                    b = s_a.index(slot * PARTS + p).permute((1, 0))
+                    acc = warpgroup_mma(s_x.index(slot * CONSUMERS + which), b, acc, is_async=True)
+                acc = warpgroup_mma_wait(PARTS, deps=(acc,))
+                # the products before these have been read
+                mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=i > 0)
+                count += 1
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
+            o_m, o_c = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+            mask = (o_m < rows - row)[:, None] & (o_c < columns)[None, :]
+            # t_j lies below t_(j - 1)
+            o_t = ((row + o_m) * PADDED)[:, None] + ((o_c // RANK + j) * (rows * PADDED) + o_c % RANK)[None, :]
+            hi = acc.to(p_t.dtype.element_ty)
+            gl.store(p_t + o_t, hi, mask=mask)
+            if PARTS == 2:
+                gl.store(p_t + o_t + RANK, (acc - hi.to(gl.float32)).to(hi.dtype), mask=mask)
+                gl.store(p_t + o_t + 2 * RANK, hi, mask=mask)
         rows_written(p_work + READY + m)
 
 
-@gluon.jit(do_not_specialize=["m_tiles", "k_tiles", "rows", "columns"])
+@gluon.jit(do_not_specialize=["m_tiles", "k_tiles", "passes", "columns", "rows"])
 def lora_x_kernel(
-    d_x, d_a_hi, d_a_lo, p_t, p_work, m_tiles, k_tiles, rows, columns,
+    d_x, d_a_hi, d_a_lo, p_t, p_work, m_tiles, k_tiles, passes, columns, rows,
     RANK: gl.constexpr, PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, A_TILE: gl.constexpr,
 ):  # fmt: skip
     s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], X_TILE)
@@ -108,9 +105,11 @@ def lora_x_kernel(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, rows, columns, upper, RANK, PADDED, COLUMNS, PARTS, STAGES)),
-            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, rows, columns, lower, RANK, PADDED, COLUMNS, PARTS, STAGES)),
-            (_produce, (d_x, small, memory, m_tiles, k_tiles, PARTS, STAGES)),
+            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, upper, RANK, PADDED, COLUMNS, PARTS,
+                        STAGES)),
+            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, lower, RANK, PADDED, COLUMNS, PARTS,
+                        STAGES)),
+            (_produce, (d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS, STAGES)),
         ],
         [4, 1],
         [232, 40],
@@ -118,20 +117,26 @@ def lora_x_kernel(
 
 
 class Form(NamedTuple):
-    """Columns of t in a tile (a power of 2), stages."""
+    """Passes over x and columns of t of one, columns in a tile (a power of 2), stages."""
 
+    passes: int
     columns: int
+    tile: int
     stages: int
 
     @classmethod
     def of(cls, layout: Layout) -> "Form | None":
         """None: more columns of t than this kernel makes."""
-        columns = max(16, next_power_of_2(layout.count * layout.rank))
-        stage = 2 * BLOCK_K.value * (BLOCK_M.value + columns * (2 if layout.split else 1))
-        return cls(columns, min(MOST_STAGES, LOADED // stage)) if columns <= MOST_COLUMNS and 2 * stage <= LOADED else None
+        together = layout.count * layout.rank <= TOGETHER
+        columns = layout.count * layout.rank if together else layout.rank
+        tile = max(16, next_power_of_2(columns))
+        stage = 2 * BLOCK_K.value * (BLOCK_M.value + tile * (2 if layout.split else 1))
+        if tile > MOST_COLUMNS or 2 * stage > LOADED:
+            return None
+        return cls(1 if together else layout.count, columns, tile, min(MOST_STAGES, LOADED // stage))
 
-    def tile(self) -> gl.NVMMASharedLayout:
-        return gl.NVMMASharedLayout.get_default_for([self.columns, BLOCK_K.value], gl.bfloat16)
+    def layout(self) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout.get_default_for([self.tile, BLOCK_K.value], gl.bfloat16)
 
 
 @lru_cache(KEPT)
@@ -145,24 +150,20 @@ def prepared(
         return None
     if layout.count * rows * layout.padded >= 2**31:
         return None
-    parts, columns, tile = 2 if layout.split else 1, layout.count * layout.rank, form.tile()
+    parts, of_all, tile = 2 if layout.split else 1, layout.count * layout.rank, form.layout()
     m_tiles, n_tiles = cdiv(rows, BLOCK_M.value), sum(cdiv(n, BLOCK_N.value) for n in ns)
-    small = [Matrix(columns, width, width, (form.columns, BLOCK_K.value), tile, p * columns * width) for p in range(parts)]
+    read = form.passes * BLOCK_M.value * width * 2
+    block = (form.tile, BLOCK_K.value)
+    small = [Matrix(of_all, width, width, block, tile, p * of_all * width) for p in range(parts)]
     return Prepared(
         "lora_linear (x)",
         lora_x_kernel,
         device,
-        (streams(m_tiles, BLOCK_M.value * width * 2, n_tiles, width, sm_count(device)),),
-        (m_tiles, cdiv(width, BLOCK_K.value), rows, columns),
-        {"RANK": layout.rank, "PADDED": layout.padded, "COLUMNS": form.columns, "PARTS": parts, "STAGES": form.stages, "A_TILE": tile}
-        | {"num_warps": 4, "maxnreg": 168, "launch_pdl": True},
-        (
-            Matrix(rows, width, stride, (ROWS.value, BLOCK_K.value), X_TILE.value),
-            small[0],
-            small[-1],
-            None,
-            None,
-        ),
+        (streams(m_tiles, read, n_tiles, width, sm_count(device)),),
+        (m_tiles, cdiv(width, BLOCK_K.value), form.passes, form.columns, rows),
+        {"RANK": layout.rank, "PADDED": layout.padded, "COLUMNS": form.tile, "PARTS": parts, "STAGES": form.stages}
+        | {"A_TILE": tile, "num_warps": 4, "maxnreg": 168, "launch_pdl": True},
+        (Matrix(rows, width, stride, (ROWS.value, BLOCK_K.value), X_TILE.value), small[0], small[-1], None, None),
     )
 
 

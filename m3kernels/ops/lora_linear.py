@@ -157,19 +157,19 @@ def _backward(
         dms = [total / by for (_, total), by in zip(pairs, divisors)]
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
-    sums, adding, plan = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None
+    sums, adding, plan, work = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None, None
     if need_adapters:
-        plan = one_pass(dys, layout, many_b, scales is not None)
-        overlaps = need_x and lets_begin(dzs, weights, layout, dropout)
-        adding = adding_up.Adding.of(
-            x, [] if plan else ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype
-        )
+        plan = one_pass(dys, layout, many_b, scalings, scales is not None, x.shape[1])
+        overlaps = need_x and lets_begin(dzs, weights, layout, dropout, plan)
+        adding = adding_up.Adding.of(x, ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype, plan)
     # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
     if plan:
-        du, a = du_and_db(plan, dys, t, many_a, many_b, scalings, layout, sums.db, adding.arrived, scales)
+        work = adding.work
+        a = skinny.make_a(dys, many_a, many_b, layout, adding.counters)
+        du = du_and_db(plan, dys, t, many_b, scales, layout, sums.db, work, adding.of_pass)
     else:
-        du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.arrived)
-    dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape) if need_x else x.new_empty(0)
+        du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.counters)
+    dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape, plan, work) if need_x else x.new_empty(0)
     if adding:
         own = [] if plan else dys
         adding_up.adapter_gradients(adding, sums, own, x, t, du, layout, scalings, scales, seeds)
