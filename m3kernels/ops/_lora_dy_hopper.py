@@ -47,6 +47,7 @@ from m3kernels.ops._prepared import KEPT, Prepared
 ROWS = gl.constexpr(64)
 COLS = gl.constexpr(128)
 T_STAGES = gl.constexpr(3)
+TOLD = gl.constexpr(4)  # tiles of rows whose parts are stored and not yet counted
 FAR = gl.constexpr(2**30)
 AT_ONCE = gl.constexpr(4)  # parts of du that are summed from loads side by side
 SHARED = 220 * 1024  # bytes of tiles
@@ -73,7 +74,7 @@ def _produce(ys, ts, memory, which, first, row_tiles, BLOCKS: gl.constexpr, PART
 
 @gluon.jit
 def _load(d_y, d_t, memory, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
-    s_y, s_t, full, empty, t_full, t_empty = memory
+    s_y, s_t, full, empty, t_full, t_empty, _, _ = memory
     for m in range(0, row_tiles):
         row, t_slot = m * ROWS, m % T_STAGES
         mbarrier.wait(t_empty.index(t_slot), (m // T_STAGES & 1) ^ 1)
@@ -109,7 +110,7 @@ def _stream(bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row
             STAGES: gl.constexpr):  # fmt: skip
     """du and dB of every second block of columns, from ``own`` on."""
     HALF: gl.constexpr = BLOCKS // 2
-    s_y, s_t, full, empty, t_full, t_empty = memory
+    s_y, s_t, full, empty, t_full, t_empty, stored, told = memory
     before = gl.where(which == 0, 0, gl.where(which == 1, ns[0], ns[0] + ns[1]))
     n_cols = gl.where(which == 0, ns[0], gl.where(which == 1, ns[1], ns[2]))
     p_b = bs[0]
@@ -154,8 +155,11 @@ def _stream(bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row
         # part 2 * program + own
         p_rows = p_part + ((2 * gl.program_id(0) + own) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
         gl.store(p_rows + o_m[:, None] * RANK + o_r[None, :], du)
-        gl.thread_barrier()
-        gl.atomic_add(p_arrived + which * row_tiles + m, 1, sem="release", scope="gpu")
+        if m % 2 == 1:
+            tile = m // 2
+            mbarrier.wait(told.index(tile % TOLD), (tile // TOLD & 1) ^ 1)
+            gl.thread_barrier()
+            mbarrier.arrive(stored.index(tile % TOLD), count=1)
     factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
     for c in gl.static_range(HALF):
         o_col = (first + 2 * c + own) * COLS + o_n
@@ -167,33 +171,48 @@ def _stream(bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row
 
 
 @gluon.jit
+def _tell(p_arrived, memory, which, row_tiles):
+    """Counts this program's parts of du.
+
+    In a warp of its own: the fence waits a microsecond for what was stored, longer than the products of a tile take.
+    """
+    gdc_wait()
+    stored, told = memory[6], memory[7]
+    for tile in range(0, row_tiles // 2):
+        mbarrier.wait(stored.index(tile % TOLD), tile // TOLD & 1)
+        gl.atomic_add(p_arrived + which * (row_tiles // 2) + tile, 1, sem="release", scope="gpu")
+        mbarrier.arrive(told.index(tile % TOLD), count=1)
+
+
+@gluon.jit
 def _sum(p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_tiles, rows, rank, padded, du_stride, scalings,
          RANK: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """du of every so many tiles of rows, of projection ``which``'s programs: ``programs`` from ``begin`` on."""
+    """du of every so many tiles of 128 rows, of projection ``which``'s programs: ``programs`` from ``begin`` on."""
     gdc_wait()
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
     o_m, o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
     o_part = o_m[:, None] * RANK + o_r[None, :]
     factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
-    for m in range(inside, row_tiles, programs):
-        await_count(p_arrived + which * row_tiles + m, 2 * programs)
+    for tile in range(inside, row_tiles // 2, programs):
+        await_count(p_arrived + which * (row_tiles // 2) + tile, programs)
         gl.thread_barrier()
-        total = gl.zeros([ROWS, RANK], gl.float32, layout)
-        for first in range(0, 2 * programs, AT_ONCE):
-            for k in gl.static_range(AT_ONCE):
-                p_rows = p_part + ((2 * begin + first + k) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
-                there = (o_part >= 0) & (first + k < 2 * programs)
-                total += gl.load(p_rows + o_part, mask=there, other=0.0, cache_modifier=".cg")
-        total *= factor
-        row = m * ROWS + o_m
-        mask = (row < rows)[:, None] & (o_r < rank)[None, :]
-        p_out = p_du + row[:, None].to(gl.int64) * du_stride + which * padded + o_r[None, :]
-        hi = total.to(p_du.dtype.element_ty)
-        gl.store(p_out, hi, mask=mask)
-        if PARTS == 2:
-            gl.store(p_out + rank, (total - hi.to(gl.float32)).to(hi.dtype), mask=mask)
-            gl.store(p_out + 2 * rank, hi, mask=mask)
-        rows_written(p_work + READY + m // 2)
+        for m in range(2 * tile, 2 * tile + 2):
+            total = gl.zeros([ROWS, RANK], gl.float32, layout)
+            for first in range(0, 2 * programs, AT_ONCE):
+                for k in gl.static_range(AT_ONCE):
+                    p_rows = p_part + ((2 * begin + first + k) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
+                    there = (o_part >= 0) & (first + k < 2 * programs)
+                    total += gl.load(p_rows + o_part, mask=there, other=0.0, cache_modifier=".cg")
+            total *= factor
+            row = m * ROWS + o_m
+            mask = (row < rows)[:, None] & (o_r < rank)[None, :]
+            p_out = p_du + row[:, None].to(gl.int64) * du_stride + which * padded + o_r[None, :]
+            hi = total.to(p_du.dtype.element_ty)
+            gl.store(p_out, hi, mask=mask)
+            if PARTS == 2:
+                gl.store(p_out + rank, (total - hi.to(gl.float32)).to(hi.dtype), mask=mask)
+                gl.store(p_out + 2 * rank, hi, mask=mask)
+        rows_written(p_work + READY + tile)
         gl.atomic_add(p_work + DONE, 1, sem="release", scope="gpu")
 
 
@@ -221,7 +240,12 @@ def lora_dy_kernel(
     for i in gl.static_range(T_STAGES):
         mbarrier.init(t_full.index(i), count=1)
         mbarrier.init(t_empty.index(i), count=2)
-    memory = (s_y, s_t, full, empty, t_full, t_empty)
+    stored = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
+    told = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(TOLD):
+        mbarrier.init(stored.index(i), count=2)
+        mbarrier.init(told.index(i), count=1)
+    memory = (s_y, s_t, full, empty, t_full, t_empty, stored, told)
     ys, bs, ns, scalings = (d_y1, d_y2, d_y3), (p_b1, p_b2, p_b3), (n1, n2, n3), (s1, s2, s3)
     ts = ((d_hi1, d_lo1), (d_hi2, d_lo2), (d_hi3, d_lo3))
     program = gl.program_id(0)
@@ -242,9 +266,10 @@ def lora_dy_kernel(
             (_sum, (p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_tiles, rows, rank, padded, du_stride,
                     scalings, RANK, PARTS)),
             (_produce, (ys, ts, memory, which, first, row_tiles, BLOCKS, PARTS, STAGES)),
+            (_tell, (p_arrived, memory, which, row_tiles)),
         ],
-        [4, 4, 1],
-        [200, 72, 40],
+        [4, 4, 1, 1],
+        [200, 72, 40, 40],
     )  # fmt: skip
 
 
@@ -344,8 +369,8 @@ def prepared(
         (*last(ys), *last(his), *last(los), *[None] * 9),
     )
     return Pass(
-        run, 2 * total * row_tiles * ROWS.value * form.rank, layout.count * row_tiles, work_size(rows),
-        2 * layout.count, layout.count * row_tiles,
+        run, 2 * total * row_tiles * ROWS.value * form.rank, layout.count * row_tiles // 2, work_size(rows),
+        layout.count, layout.count * row_tiles // 2,
     )  # fmt: skip
 
 

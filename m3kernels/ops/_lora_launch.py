@@ -31,11 +31,13 @@ class SkinnyConfig:
 
 # by columns of small matrices that one tile of x meets
 SHRINK = {16: SkinnyConfig(32, 128, 4, 4), 96: SkinnyConfig(32, 64, 4, 3)}
-OUTER = {16: SkinnyConfig(64, 128, 4, 3), 96: SkinnyConfig(64, 64, 4, 3)}
+OUTER = {16: SkinnyConfig(64, 128, 4, 3), 192: SkinnyConfig(64, 64, 4, 3)}
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
 # columns of A^T or B in one program; cuBLAS takes larger ranks
 MOST_AT_ONCE = 32
+# the same where dA alone is made
+MOST_OF_DA = 64
 
 
 class Layout(NamedTuple):
@@ -133,9 +135,11 @@ def shrink_form(
     }  # fmt: skip
 
 
-def outer_form(layout: Layout, scaled: bool, dropout: float, dtype: torch.dtype) -> tuple[SkinnyConfig, dict]:
-    """The same of a pass that makes dA and dB."""
-    columns = min(MOST_AT_ONCE, columns_of(layout.rank))
+def outer_form(
+    layout: Layout, scaled: bool, dropout: float, dtype: torch.dtype, most: int = MOST_AT_ONCE
+) -> tuple[SkinnyConfig, dict]:
+    """The same of a pass that makes dA and dB; ``most``: columns in one program."""
+    columns = min(most, columns_of(layout.rank))
     full = precision(dtype) == "ieee"
     config = WIDE if full or dropout else config_for(OUTER, columns * layout.count)
     return config, {"BLOCK_M": config.rows, "BLOCK_N": config.cols, "RANK": columns, "COUNT": layout.count} | {

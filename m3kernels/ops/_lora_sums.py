@@ -41,10 +41,10 @@ def _outer(
     scaled: bool, dropout: float, overlaps: bool, done: int, device, dtype, *_,
 ) -> Summing:  # fmt: skip
     rank, count, padded = layout.rank, layout.count, layout.padded
-    config, form = outer_form(layout, scaled, dropout, dtype)
+    config, form = outer_form(layout, scaled, dropout, dtype, MOST_AT_ONCE if ns else MOST_OF_DA)
     y_blocks = sum(cdiv(n, config.cols) for n in ns)
     blocks, groups = y_blocks + cdiv(width, config.cols), cdiv(rank, form["RANK"])
-    shares = max(1, min(cdiv(rows, config.rows), OUTER_PROGRAMS * sm_count(device) // (blocks * groups)))
+    shares = max(1, min(cdiv(rows, config.rows), OUTER_PROGRAMS * 32 // max(32, form["RANK"] * count) * sm_count(device) // (blocks * groups)))
     each = cdiv(cdiv(rows, shares), config.rows) * config.rows
     shares = cdiv(rows, each)
     run = Prepared(
@@ -108,7 +108,7 @@ class Adding(NamedTuple):
     ) -> "Adding":  # fmt: skip
         """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums; ``plan``: of one pass over dy."""
         run, slabs, arrivals = None, 0, 0
-        if not by_cublas(layout, dropout, x.device, x.dtype):
+        if not by_cublas(layout, dropout, x.device, x.dtype) or (plan and layout.rank <= MOST_OF_DA):
             ns = () if plan else tuple(ns)
             run, slabs, arrivals = _outer(
                 layout, x.shape[0], ns, x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps,
@@ -141,7 +141,7 @@ def adapter_gradients(
 def _sums_by_cublas(sums, dys, x, t, du, layout, scalings, scales) -> None:
     rank, ns = layout.rank, [dy.shape[1] for dy in dys]
     parts = slice(0, 2 * rank if layout.split else rank)
-    for j, (dy, db, s) in enumerate(zip(dys, sums.db.split(ns), scalings)):
+    for j, (dy, db, s) in enumerate(zip(dys, sums.db.split(ns) if dys else [], scalings)):
         db.copy_(joined_parts(product32(dy.T, layout.of_t(t, j)[:, parts]), layout).mul_(s))
     # one product for all: x is read once
     found, width = product32(du.T, x), x.shape[1]

@@ -22,13 +22,14 @@ from m3kernels.ops._linear_hopper import BLOCK_M, BLOCK_N, CONSUMERS, ROWS, Matr
 from m3kernels.ops._lora_launch import Layout
 from m3kernels.ops._prepared import KEPT, Prepared
 
-BLOCK_K = gl.constexpr(128)
-LOADED = 200 * 1024  # bytes of tiles
-MOST_STAGES = 8
+BLOCK_K = gl.constexpr(64)
+LOADED = 216 * 1024  # bytes of tiles
+MOST_STAGES = 10
 MOST_COLUMNS = 256  # of t
+NARROW = 64  # a sum of so few columns waits for each product's end: two such sums at once
 TOGETHER = 128  # of several layers: beyond, each layer reads x from the cache again
 
-X_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16))
+X_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
 
 
 @gluon.jit
@@ -54,43 +55,64 @@ def _produce(d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS: gl.co
 
 
 @gluon.jit
-def _consume(p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, which: gl.constexpr, RANK: gl.constexpr,
-             PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _consume(p_t, p_work, memory, s_half, half, order, columns, rows, which: gl.constexpr, GROUP: gl.constexpr,
+             GROUPS: gl.constexpr, RANK: gl.constexpr, PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
+             STAGES: gl.constexpr):  # fmt: skip
+    """Every GROUPS-th tile of a row tile's sum, from GROUP on; the first group adds the other's and stores."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     s_x, s_a, full, empty = memory
-    count = 0
+    half_full, half_empty = half
+    m_tiles, k_tiles, passes = order
+    count, halves = 0, 0
     for m in range(gl.program_id(0), m_tiles, gl.num_programs(0)):
         row = m * BLOCK_M + which * ROWS
         for j in range(0, passes):
             acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
-            for i in range(0, k_tiles):
-                slot = count % STAGES
-                mbarrier.wait(full.index(slot), count // STAGES & 1)
+            for i in range(GROUP, k_tiles, GROUPS):
+                slot = (count + i) % STAGES
+                mbarrier.wait(full.index(slot), (count + i) // STAGES & 1)
                 for p in gl.static_range(PARTS):
                     b = s_a.index(slot * PARTS + p).permute((1, 0))
                     acc = warpgroup_mma(s_x.index(slot * CONSUMERS + which), b, acc, is_async=True)
                 acc = warpgroup_mma_wait(PARTS, deps=(acc,))
                 # the products before these have been read
-                mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=i > 0)
-                count += 1
+                mbarrier.arrive(empty.index((count + i + STAGES - GROUPS) % STAGES), count=1, pred=i >= GROUPS)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
-            o_m, o_c = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-            mask = (o_m < rows - row)[:, None] & (o_c < columns)[None, :]
-            # t_j lies below t_(j - 1)
-            o_t = ((row + o_m) * PADDED)[:, None] + ((o_c // RANK + j) * (rows * PADDED) + o_c % RANK)[None, :]
-            hi = acc.to(p_t.dtype.element_ty)
-            gl.store(p_t + o_t, hi, mask=mask)
-            if PARTS == 2:
-                gl.store(p_t + o_t + RANK, (acc - hi.to(gl.float32)).to(hi.dtype), mask=mask)
-                gl.store(p_t + o_t + 2 * RANK, hi, mask=mask)
-        rows_written(p_work + READY + m)
+            # its last tile
+            last = count + (k_tiles - 1 - GROUP) // GROUPS * GROUPS + GROUP
+            mbarrier.arrive(empty.index(last % STAGES), count=1, pred=k_tiles > GROUP)
+            count += k_tiles
+            if GROUPS == 2:
+                if GROUP == 1:
+                    mbarrier.wait(half_empty.index(which), (halves & 1) ^ 1)
+                    s_half.index(which).store(acc)
+                    gl.thread_barrier()
+                    mbarrier.arrive(half_full.index(which), count=1)
+                else:
+                    mbarrier.wait(half_full.index(which), halves & 1)
+                    acc += s_half.index(which).load(layout)
+                    gl.thread_barrier()
+                    mbarrier.arrive(half_empty.index(which), count=1)
+                halves += 1
+            if GROUP == 0:
+                o_m, o_c = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+                mask = (o_m < rows - row)[:, None] & (o_c < columns)[None, :]
+                # t_j lies below t_(j - 1)
+                o_t = ((row + o_m) * PADDED)[:, None] + ((o_c // RANK + j) * (rows * PADDED) + o_c % RANK)[None, :]
+                hi = acc.to(p_t.dtype.element_ty)
+                gl.store(p_t + o_t, hi, mask=mask)
+                if PARTS == 2:
+                    gl.store(p_t + o_t + RANK, (acc - hi.to(gl.float32)).to(hi.dtype), mask=mask)
+                    gl.store(p_t + o_t + 2 * RANK, hi, mask=mask)
+        if GROUP == 0:
+            rows_written(p_work + READY + m)
 
 
 @gluon.jit(do_not_specialize=["m_tiles", "k_tiles", "passes", "columns", "rows"])
 def lora_x_kernel(
     d_x, d_a_hi, d_a_lo, p_t, p_work, m_tiles, k_tiles, passes, columns, rows,
-    RANK: gl.constexpr, PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, A_TILE: gl.constexpr,
+    RANK: gl.constexpr, PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, A_TILE: gl.constexpr,
 ):  # fmt: skip
     s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], X_TILE)
     s_a = gl.allocate_shared_memory(d_x.dtype, [STAGES * PARTS, COLUMNS, BLOCK_K], A_TILE)
@@ -99,30 +121,57 @@ def lora_x_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
-    memory, small = (s_x, s_a, full, empty), (d_a_hi, d_a_lo)
+    half_rows: gl.constexpr = ROWS if GROUPS == 2 else 1
+    s_half = gl.allocate_shared_memory(
+        gl.float32, [CONSUMERS, half_rows, COLUMNS], gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
+    )
+    half_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    half_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(half_full.index(i), count=1)
+        mbarrier.init(half_empty.index(i), count=1)
+    memory, small, half, order = (s_x, s_a, full, empty), (d_a_hi, d_a_lo), (half_full, half_empty), (m_tiles, k_tiles, passes)
     # named: a number written into the lists below is no constexpr
-    upper: gl.constexpr = 0
-    lower: gl.constexpr = 1
-    gl.warp_specialize(
-        [
-            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, upper, RANK, PADDED, COLUMNS, PARTS,
-                        STAGES)),
-            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, lower, RANK, PADDED, COLUMNS, PARTS,
-                        STAGES)),
-            (_produce, (d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS, STAGES)),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+    zero: gl.constexpr = 0
+    one: gl.constexpr = 1
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, zero, zero, GROUPS, RANK, PADDED, COLUMNS,
+                            PARTS, STAGES)),
+                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, one, zero, GROUPS, RANK, PADDED, COLUMNS,
+                            PARTS, STAGES)),
+                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, zero, one, GROUPS, RANK, PADDED, COLUMNS,
+                            PARTS, STAGES)),
+                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, one, one, GROUPS, RANK, PADDED, COLUMNS,
+                            PARTS, STAGES)),
+                (_produce, (d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS, STAGES)),
+            ],
+            [4, 4, 4, 1],
+            [128, 88, 88, 32],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, zero, zero, GROUPS, RANK, PADDED, COLUMNS,
+                            PARTS, STAGES)),
+                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, one, zero, GROUPS, RANK, PADDED, COLUMNS,
+                            PARTS, STAGES)),
+                (_produce, (d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS, STAGES)),
+            ],
+            [4, 1],
+            [232, 40],
+        )  # fmt: skip
 
 
 class Form(NamedTuple):
-    """Passes over x and columns of t of one, columns in a tile (a power of 2), stages."""
+    """Passes over x and columns of t of one, columns in a tile (a power of 2), stages, groups of warpgroups."""
 
     passes: int
     columns: int
     tile: int
     stages: int
+    groups: int
 
     @classmethod
     def of(cls, layout: Layout) -> "Form | None":
@@ -131,9 +180,15 @@ class Form(NamedTuple):
         columns = layout.count * layout.rank if together else layout.rank
         tile = max(16, next_power_of_2(columns))
         stage = 2 * BLOCK_K.value * (BLOCK_M.value + tile * (2 if layout.split else 1))
-        if tile > MOST_COLUMNS or 2 * stage > LOADED:
+        groups = 2 if tile <= NARROW else 1
+        stages = min(MOST_STAGES, (LOADED - (groups - 1) * BLOCK_M.value * tile * 4) // stage)
+        if tile > MOST_COLUMNS or stages < 2:
             return None
-        return cls(1 if together else layout.count, columns, tile, min(MOST_STAGES, LOADED // stage))
+        return cls(1 if together else layout.count, columns, tile, stages, groups)
+
+    def registers(self) -> int:
+        """Of a thread, at the start."""
+        return 96 if self.groups == 2 else 168
 
     def layout(self) -> gl.NVMMASharedLayout:
         return gl.NVMMASharedLayout.get_default_for([self.tile, BLOCK_K.value], gl.bfloat16)
@@ -162,7 +217,7 @@ def prepared(
         (streams(m_tiles, read, n_tiles, width, sm_count(device)),),
         (m_tiles, cdiv(width, BLOCK_K.value), form.passes, form.columns, rows),
         {"RANK": layout.rank, "PADDED": layout.padded, "COLUMNS": form.tile, "PARTS": parts, "STAGES": form.stages}
-        | {"A_TILE": tile, "num_warps": 4, "maxnreg": 168, "launch_pdl": True},
+        | {"GROUPS": form.groups, "A_TILE": tile, "num_warps": 4, "maxnreg": form.registers(), "launch_pdl": True},
         (Matrix(rows, width, stride, (ROWS.value, BLOCK_K.value), X_TILE.value), small[0], small[-1], None, None),
     )
 
