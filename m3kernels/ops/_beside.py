@@ -96,13 +96,13 @@ def work_size(rows: int) -> int:
 
 
 # of one multiprocessor and of all, bytes a microsecond; measured: docs/adapters.md
-ONE, ALL = 80e3, 2.4e6
+ONE, ALL = 90e3, 2.4e6
 # microseconds of a product's tile for each column of its left operand
 TILE = 0.0108
 # rows of tiles that the product takes side by side
 TOGETHER = 16
 # what a pass may be slower than its model before the product waits for it
-MARGIN = 1.2
+MARGIN = 1.1
 
 
 def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> float:
@@ -123,12 +123,15 @@ def lateness(units: int, n_tiles: int, tile: float, others: int, end: Callable[[
     return max(0.0, *(end(min(units, m + TOGETHER)) - (m * n_tiles // others + 1) * tile for m in groups))
 
 
-def streams(units: int, unit_bytes: int, n_tiles: int, width: int, sms: int) -> int:
-    """How many programs share ``units`` (tiles of rows), beside a product of ``n_tiles`` for each of those, ``width`` long."""
+def streams(units: int, unit_bytes: int, rate: float, n_tiles: int, width: int, sms: int) -> int:
+    """How many programs share ``units`` (tiles of rows), beside a product of ``n_tiles`` for each of those, ``width`` long.
+
+    ``rate``: bytes a microsecond of one program.
+    """
     tile = TILE * width
 
     def end(programs: int) -> tuple[float, int]:
-        unit = MARGIN * unit_bytes / min(ONE, ALL / programs)
+        unit = MARGIN * unit_bytes / min(rate, ALL / programs)
         late = lateness(units, n_tiles, tile, sms - programs, lambda tiles: cdiv(tiles, programs) * unit)
         return finished(cdiv(units, programs) * unit, programs, units * n_tiles, tile, sms) + late, programs
 

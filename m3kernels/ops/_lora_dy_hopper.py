@@ -74,7 +74,7 @@ def _produce(ys, ts, memory, which, first, row_tiles, BLOCKS: gl.constexpr, PART
 
 @gluon.jit
 def _load(d_y, d_t, memory, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
-    s_y, s_t, full, empty, t_full, t_empty, _, _ = memory
+    s_y, s_t, full, empty, t_full, t_empty, _, _, _, _ = memory
     for m in range(0, row_tiles):
         row, t_slot = m * ROWS, m % T_STAGES
         mbarrier.wait(t_empty.index(t_slot), (m // T_STAGES & 1) ^ 1)
@@ -105,12 +105,12 @@ def _fill_b(p_b, p_scale, s_hi, s_lo, col, n_cols, rank, RANK: gl.constexpr, PAR
 
 
 @gluon.jit
-def _stream(bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row_tiles, rows, ns, rank, scalings,
+def _stream(bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, rows, ns, rank, scalings,
             own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr,
             STAGES: gl.constexpr):  # fmt: skip
     """du and dB of every second block of columns, from ``own`` on."""
     HALF: gl.constexpr = BLOCKS // 2
-    s_y, s_t, full, empty, t_full, t_empty, stored, told = memory
+    s_y, s_t, full, empty, t_full, t_empty, half_full, half_empty, stored, told = memory
     before = gl.where(which == 0, 0, gl.where(which == 1, ns[0], ns[0] + ns[1]))
     n_cols = gl.where(which == 0, ns[0], gl.where(which == 1, ns[1], ns[2]))
     p_b = bs[0]
@@ -152,14 +152,23 @@ def _stream(bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row
             added = added + (db,)
         sums = added
         mbarrier.arrive(t_empty.index(t_slot), count=1)
-        # part 2 * program + own
-        p_rows = p_part + ((2 * gl.program_id(0) + own) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
-        gl.store(p_rows + o_m[:, None] * RANK + o_r[None, :], du)
-        if m % 2 == 1:
-            tile = m // 2
-            mbarrier.wait(told.index(tile % TOLD), (tile // TOLD & 1) ^ 1)
+        if own == 1:
+            mbarrier.wait(half_empty, (m & 1) ^ 1)
+            s_du.store(du)
             gl.thread_barrier()
-            mbarrier.arrive(stored.index(tile % TOLD), count=1)
+            mbarrier.arrive(half_full, count=1)
+        else:
+            mbarrier.wait(half_full, m & 1)
+            du += s_du.load(layout)
+            gl.thread_barrier()
+            mbarrier.arrive(half_empty, count=1)
+            p_rows = p_part + (gl.program_id(0) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
+            gl.store(p_rows + o_m[:, None] * RANK + o_r[None, :], du)
+            if m % 2 == 1:
+                tile = m // 2
+                mbarrier.wait(told.index(tile % TOLD), (tile // TOLD & 1) ^ 1)
+                gl.thread_barrier()
+                mbarrier.arrive(stored.index(tile % TOLD), count=1)
     factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
     for c in gl.static_range(HALF):
         o_col = (first + 2 * c + own) * COLS + o_n
@@ -177,7 +186,7 @@ def _tell(p_arrived, memory, which, row_tiles):
     In a warp of its own: the fence waits a microsecond for what was stored, longer than the products of a tile take.
     """
     gdc_wait()
-    stored, told = memory[6], memory[7]
+    stored, told = memory[8], memory[9]
     for tile in range(0, row_tiles // 2):
         mbarrier.wait(stored.index(tile % TOLD), tile // TOLD & 1)
         gl.atomic_add(p_arrived + which * (row_tiles // 2) + tile, 1, sem="release", scope="gpu")
@@ -190,23 +199,24 @@ def _sum(p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_ti
     """du of every so many tiles of 128 rows, of projection ``which``'s programs: ``programs`` from ``begin`` on."""
     gdc_wait()
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
-    o_m, o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    SOME: gl.constexpr = 1024 // RANK  # rows: few enough that several parts are on their way
+    o_m, o_r = gl.arange(0, SOME, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
     o_part = o_m[:, None] * RANK + o_r[None, :]
     factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
+    size = row_tiles * (ROWS * RANK)
     for tile in range(inside, row_tiles // 2, programs):
         await_count(p_arrived + which * (row_tiles // 2) + tile, programs)
         gl.thread_barrier()
-        for m in range(2 * tile, 2 * tile + 2):
-            total = gl.zeros([ROWS, RANK], gl.float32, layout)
-            for first in range(0, 2 * programs, AT_ONCE):
+        for row in range(2 * ROWS * tile, 2 * ROWS * (tile + 1), SOME):
+            total = gl.zeros([SOME, RANK], gl.float32, layout)
+            for first in range(0, programs, AT_ONCE):
                 for k in gl.static_range(AT_ONCE):
-                    p_rows = p_part + ((2 * begin + first + k) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
-                    there = (o_part >= 0) & (first + k < 2 * programs)
+                    p_rows = p_part + (begin + first + k).to(gl.int64) * size + row * RANK
+                    there = (o_part >= 0) & (first + k < programs)
                     total += gl.load(p_rows + o_part, mask=there, other=0.0, cache_modifier=".cg")
             total *= factor
-            row = m * ROWS + o_m
-            mask = (row < rows)[:, None] & (o_r < rank)[None, :]
-            p_out = p_du + row[:, None].to(gl.int64) * du_stride + which * padded + o_r[None, :]
+            mask = (row + o_m < rows)[:, None] & (o_r < rank)[None, :]
+            p_out = p_du + (row + o_m)[:, None].to(gl.int64) * du_stride + which * padded + o_r[None, :]
             hi = total.to(p_du.dtype.element_ty)
             gl.store(p_out, hi, mask=mask)
             if PARTS == 2:
@@ -243,9 +253,15 @@ def lora_dy_kernel(
     stored = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
     told = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(TOLD):
-        mbarrier.init(stored.index(i), count=2)
+        mbarrier.init(stored.index(i), count=1)
         mbarrier.init(told.index(i), count=1)
-    memory = (s_y, s_t, full, empty, t_full, t_empty, stored, told)
+    # du of the odd blocks on its way to the warpgroup of the even ones
+    s_du = gl.allocate_shared_memory(gl.float32, [ROWS, RANK], gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))
+    half_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    half_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(half_full, count=1)
+    mbarrier.init(half_empty, count=1)
+    memory = (s_y, s_t, full, empty, t_full, t_empty, half_full, half_empty, stored, told)
     ys, bs, ns, scalings = (d_y1, d_y2, d_y3), (p_b1, p_b2, p_b3), (n1, n2, n3), (s1, s2, s3)
     ts = ((d_hi1, d_lo1), (d_hi2, d_lo2), (d_hi3, d_lo3))
     program = gl.program_id(0)
@@ -259,9 +275,9 @@ def lora_dy_kernel(
     odd: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_stream, (bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row_tiles, rows, ns, rank, scalings,
+            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, rows, ns, rank, scalings,
                        even, RANK, BLOCKS, PARTS, SCALED, STAGES)),
-            (_stream, (bs, p_scale, p_part, p_db, p_arrived, s_b, memory, which, first, row_tiles, rows, ns, rank, scalings,
+            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, rows, ns, rank, scalings,
                        odd, RANK, BLOCKS, PARTS, SCALED, STAGES)),
             (_sum, (p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_tiles, rows, rank, padded, du_stride,
                     scalings, RANK, PARTS)),
@@ -298,7 +314,7 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, layout: Layout, blocks: int) -> "Form | None":
         rank, parts = max(16, next_power_of_2(layout.rank)), 2 if layout.split else 1
-        free = SHARED - 2 * rank * parts * (blocks * COLS.value + T_STAGES.value * ROWS.value)
+        free = SHARED - 2 * rank * (parts * (blocks * COLS.value + T_STAGES.value * ROWS.value) + 2 * ROWS.value)
         stages = min(MOST_STAGES, free // (2 * ROWS.value * COLS.value))
         return cls(rank, blocks, stages) if blocks // 2 * rank <= KEEPS and stages >= 3 else None
 
@@ -369,7 +385,7 @@ def prepared(
         (*last(ys), *last(his), *last(los), *[None] * 9),
     )
     return Pass(
-        run, 2 * total * row_tiles * ROWS.value * form.rank, layout.count * row_tiles // 2, work_size(rows),
+        run, total * row_tiles * ROWS.value * form.rank, layout.count * row_tiles // 2, work_size(rows),
         layout.count, layout.count * row_tiles // 2,
     )  # fmt: skip
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from m3kernels.ops._common import cdiv, launch, sm_count
 from m3kernels.ops._lora_kernels import lora_expand_kernel, lora_outer_kernel
 from m3kernels.ops._lora_launch import (
+    MOST_AT_ONCE,
+    MOST_OF_DA,
     Layout,
     by_cublas,
     columns_of,
@@ -44,7 +46,13 @@ def _outer(
     config, form = outer_form(layout, scaled, dropout, dtype, MOST_AT_ONCE if ns else MOST_OF_DA)
     y_blocks = sum(cdiv(n, config.cols) for n in ns)
     blocks, groups = y_blocks + cdiv(width, config.cols), cdiv(rank, form["RANK"])
-    shares = max(1, min(cdiv(rows, config.rows), OUTER_PROGRAMS * 32 // max(32, form["RANK"] * count) * sm_count(device) // (blocks * groups)))
+    shares = max(
+        1,
+        min(
+            cdiv(rows, config.rows),
+            OUTER_PROGRAMS * 32 // max(32, form["RANK"] * count) * sm_count(device) // (blocks * groups),
+        ),
+    )
     each = cdiv(cdiv(rows, shares), config.rows) * config.rows
     shares = cdiv(rows, each)
     run = Prepared(

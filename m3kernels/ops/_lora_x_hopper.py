@@ -16,20 +16,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import READY, rows_written, streams
+from m3kernels.ops._beside import ONE, READY, rows_written, streams
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_M, BLOCK_N, CONSUMERS, ROWS, Matrix
 from m3kernels.ops._lora_launch import Layout
 from m3kernels.ops._prepared import KEPT, Prepared
 
-BLOCK_K = gl.constexpr(64)
-LOADED = 216 * 1024  # bytes of tiles
+LOADED = 200 * 1024  # bytes of tiles
 MOST_STAGES = 10
 MOST_COLUMNS = 256  # of t
-NARROW = 64  # a sum of so few columns waits for each product's end: two such sums at once
-TOGETHER = 128  # of several layers: beyond, each layer reads x from the cache again
-
-X_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
+TOGETHER = 128  # of several layers; of more, each reads x from the cache again
+NARROW = 32  # rows of A up to which fewer, larger tiles are faster
 
 
 @gluon.jit
@@ -38,14 +35,13 @@ def _produce(d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS: gl.co
     gdc_wait()
     gdc_launch_dependents()
     s_x, s_a, full, empty = memory
+    BLOCK_K: gl.constexpr = d_x.block_type.shape[1]
     count = 0
     for m in range(gl.program_id(0), m_tiles, gl.num_programs(0)):
         for i in range(0, passes * k_tiles):
             slot, k, a_row = count % STAGES, i % k_tiles * BLOCK_K, i // k_tiles * columns
             mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(
-                full.index(slot), CONSUMERS * d_x.block_type.nbytes + PARTS * small[0].block_type.nbytes
-            )
+            mbarrier.expect(full.index(slot), CONSUMERS * d_x.block_type.nbytes + PARTS * small[0].block_type.nbytes)
             for c in gl.static_range(CONSUMERS):
                 row = m * BLOCK_M + c * ROWS
                 tma.async_copy_global_to_shared(d_x, [row, k], full.index(slot), s_x.index(slot * CONSUMERS + c))
@@ -55,65 +51,46 @@ def _produce(d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS: gl.co
 
 
 @gluon.jit
-def _consume(p_t, p_work, memory, s_half, half, order, columns, rows, which: gl.constexpr, GROUP: gl.constexpr,
-             GROUPS: gl.constexpr, RANK: gl.constexpr, PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr,
-             STAGES: gl.constexpr):  # fmt: skip
-    """Every GROUPS-th tile of a row tile's sum, from GROUP on; the first group adds the other's and stores."""
+def _consume(p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, which: gl.constexpr, RANK: gl.constexpr,
+             PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     s_x, s_a, full, empty = memory
-    half_full, half_empty = half
-    m_tiles, k_tiles, passes = order
-    count, halves = 0, 0
+    count = 0
     for m in range(gl.program_id(0), m_tiles, gl.num_programs(0)):
         row = m * BLOCK_M + which * ROWS
         for j in range(0, passes):
             acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
-            for i in range(GROUP, k_tiles, GROUPS):
-                slot = (count + i) % STAGES
-                mbarrier.wait(full.index(slot), (count + i) // STAGES & 1)
+            for i in range(0, k_tiles):
+                slot = count % STAGES
+                mbarrier.wait(full.index(slot), count // STAGES & 1)
                 for p in gl.static_range(PARTS):
                     b = s_a.index(slot * PARTS + p).permute((1, 0))
                     acc = warpgroup_mma(s_x.index(slot * CONSUMERS + which), b, acc, is_async=True)
                 acc = warpgroup_mma_wait(PARTS, deps=(acc,))
                 # the products before these have been read
-                mbarrier.arrive(empty.index((count + i + STAGES - GROUPS) % STAGES), count=1, pred=i >= GROUPS)
+                mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=i > 0)
+                count += 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            # its last tile
-            last = count + (k_tiles - 1 - GROUP) // GROUPS * GROUPS + GROUP
-            mbarrier.arrive(empty.index(last % STAGES), count=1, pred=k_tiles > GROUP)
-            count += k_tiles
-            if GROUPS == 2:
-                if GROUP == 1:
-                    mbarrier.wait(half_empty.index(which), (halves & 1) ^ 1)
-                    s_half.index(which).store(acc)
-                    gl.thread_barrier()
-                    mbarrier.arrive(half_full.index(which), count=1)
-                else:
-                    mbarrier.wait(half_full.index(which), halves & 1)
-                    acc += s_half.index(which).load(layout)
-                    gl.thread_barrier()
-                    mbarrier.arrive(half_empty.index(which), count=1)
-                halves += 1
-            if GROUP == 0:
-                o_m, o_c = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-                mask = (o_m < rows - row)[:, None] & (o_c < columns)[None, :]
-                # t_j lies below t_(j - 1)
-                o_t = ((row + o_m) * PADDED)[:, None] + ((o_c // RANK + j) * (rows * PADDED) + o_c % RANK)[None, :]
-                hi = acc.to(p_t.dtype.element_ty)
-                gl.store(p_t + o_t, hi, mask=mask)
-                if PARTS == 2:
-                    gl.store(p_t + o_t + RANK, (acc - hi.to(gl.float32)).to(hi.dtype), mask=mask)
-                    gl.store(p_t + o_t + 2 * RANK, hi, mask=mask)
-        if GROUP == 0:
-            rows_written(p_work + READY + m)
+            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
+            o_m, o_c = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+            mask = (o_m < rows - row)[:, None] & (o_c < columns)[None, :]
+            # t_j lies below t_(j - 1)
+            o_t = ((row + o_m) * PADDED)[:, None] + ((o_c // RANK + j) * (rows * PADDED) + o_c % RANK)[None, :]
+            hi = acc.to(p_t.dtype.element_ty)
+            gl.store(p_t + o_t, hi, mask=mask)
+            if PARTS == 2:
+                gl.store(p_t + o_t + RANK, (acc - hi.to(gl.float32)).to(hi.dtype), mask=mask)
+                gl.store(p_t + o_t + 2 * RANK, hi, mask=mask)
+        rows_written(p_work + READY + m)
 
 
 @gluon.jit(do_not_specialize=["m_tiles", "k_tiles", "passes", "columns", "rows"])
 def lora_x_kernel(
     d_x, d_a_hi, d_a_lo, p_t, p_work, m_tiles, k_tiles, passes, columns, rows,
     RANK: gl.constexpr, PADDED: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, A_TILE: gl.constexpr,
+    X_TILE: gl.constexpr, A_TILE: gl.constexpr,
 ):  # fmt: skip
+    BLOCK_K: gl.constexpr = d_x.block_type.shape[1]
     s_x = gl.allocate_shared_memory(d_x.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], X_TILE)
     s_a = gl.allocate_shared_memory(d_x.dtype, [STAGES * PARTS, COLUMNS, BLOCK_K], A_TILE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -121,77 +98,54 @@ def lora_x_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
-    half_rows: gl.constexpr = ROWS if GROUPS == 2 else 1
-    s_half = gl.allocate_shared_memory(
-        gl.float32, [CONSUMERS, half_rows, COLUMNS], gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
-    )
-    half_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    half_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(half_full.index(i), count=1)
-        mbarrier.init(half_empty.index(i), count=1)
-    memory, small, half, order = (s_x, s_a, full, empty), (d_a_hi, d_a_lo), (half_full, half_empty), (m_tiles, k_tiles, passes)
+    memory, small = (s_x, s_a, full, empty), (d_a_hi, d_a_lo)
     # named: a number written into the lists below is no constexpr
-    zero: gl.constexpr = 0
-    one: gl.constexpr = 1
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, zero, zero, GROUPS, RANK, PADDED, COLUMNS,
-                            PARTS, STAGES)),
-                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, one, zero, GROUPS, RANK, PADDED, COLUMNS,
-                            PARTS, STAGES)),
-                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, zero, one, GROUPS, RANK, PADDED, COLUMNS,
-                            PARTS, STAGES)),
-                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, one, one, GROUPS, RANK, PADDED, COLUMNS,
-                            PARTS, STAGES)),
-                (_produce, (d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS, STAGES)),
-            ],
-            [4, 4, 4, 1],
-            [128, 88, 88, 32],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, zero, zero, GROUPS, RANK, PADDED, COLUMNS,
-                            PARTS, STAGES)),
-                (_consume, (p_t, p_work, memory, s_half, half, order, columns, rows, one, zero, GROUPS, RANK, PADDED, COLUMNS,
-                            PARTS, STAGES)),
-                (_produce, (d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS, STAGES)),
-            ],
-            [4, 1],
-            [232, 40],
-        )  # fmt: skip
+    upper: gl.constexpr = 0
+    lower: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, upper, RANK, PADDED, COLUMNS, PARTS,
+                        STAGES)),
+            (_consume, (p_t, p_work, memory, m_tiles, k_tiles, passes, columns, rows, lower, RANK, PADDED, COLUMNS, PARTS,
+                        STAGES)),
+            (_produce, (d_x, small, memory, m_tiles, k_tiles, passes, columns, PARTS, STAGES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
 
 
 class Form(NamedTuple):
-    """Passes over x and columns of t of one, columns in a tile (a power of 2), stages, groups of warpgroups."""
+    """Passes over x and columns of t of one; columns (a power of 2) and k in a tile; stages."""
 
     passes: int
     columns: int
     tile: int
+    k: int
     stages: int
-    groups: int
 
     @classmethod
     def of(cls, layout: Layout) -> "Form | None":
         """None: more columns of t than this kernel makes."""
         together = layout.count * layout.rank <= TOGETHER
         columns = layout.count * layout.rank if together else layout.rank
-        tile = max(16, next_power_of_2(columns))
-        stage = 2 * BLOCK_K.value * (BLOCK_M.value + tile * (2 if layout.split else 1))
-        groups = 2 if tile <= NARROW else 1
-        stages = min(MOST_STAGES, (LOADED - (groups - 1) * BLOCK_M.value * tile * 4) // stage)
-        if tile > MOST_COLUMNS or stages < 2:
-            return None
-        return cls(1 if together else layout.count, columns, tile, stages, groups)
+        tile, parts = max(16, next_power_of_2(columns)), 2 if layout.split else 1
+        k = 128 if tile * parts <= NARROW else 64
+        stages = min(MOST_STAGES, LOADED // (2 * k * (BLOCK_M.value + tile * parts)))
+        return (
+            cls(1 if together else layout.count, columns, tile, k, stages)
+            if tile <= MOST_COLUMNS and stages > 1
+            else None
+        )
 
-    def registers(self) -> int:
-        """Of a thread, at the start."""
-        return 96 if self.groups == 2 else 168
+    def layouts(self) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
+        """Of tiles of x and of A."""
+        return tuple(gl.NVMMASharedLayout.get_default_for([n, self.k], gl.bfloat16) for n in (ROWS.value, self.tile))
 
-    def layout(self) -> gl.NVMMASharedLayout:
-        return gl.NVMMASharedLayout.get_default_for([self.tile, BLOCK_K.value], gl.bfloat16)
+    def rate(self, layout: Layout) -> float:
+        """Bytes of x a microsecond in one multiprocessor, whose way to the cache carries A as well."""
+        columns = self.tile * (2 if layout.split else 1)
+        return ONE * BLOCK_M.value / (BLOCK_M.value + columns) / self.passes * (0.75 if layout.split else 1.0)
 
 
 @lru_cache(KEPT)
@@ -205,20 +159,19 @@ def prepared(
         return None
     if layout.count * rows * layout.padded >= 2**31:
         return None
-    parts, of_all, tile = 2 if layout.split else 1, layout.count * layout.rank, form.layout()
+    parts, of_all, (x_tile, a_tile) = 2 if layout.split else 1, layout.count * layout.rank, form.layouts()
     m_tiles, n_tiles = cdiv(rows, BLOCK_M.value), sum(cdiv(n, BLOCK_N.value) for n in ns)
-    read = form.passes * BLOCK_M.value * width * 2
-    block = (form.tile, BLOCK_K.value)
-    small = [Matrix(of_all, width, width, block, tile, p * of_all * width) for p in range(parts)]
+    small = [Matrix(of_all, width, width, (form.tile, form.k), a_tile, p * of_all * width) for p in range(parts)]
+    programs = streams(m_tiles, BLOCK_M.value * width * 2, form.rate(layout), n_tiles, width, sm_count(device))
     return Prepared(
         "lora_linear (x)",
         lora_x_kernel,
         device,
-        (streams(m_tiles, read, n_tiles, width, sm_count(device)),),
-        (m_tiles, cdiv(width, BLOCK_K.value), form.passes, form.columns, rows),
+        (programs,),
+        (m_tiles, cdiv(width, form.k), form.passes, form.columns, rows),
         {"RANK": layout.rank, "PADDED": layout.padded, "COLUMNS": form.tile, "PARTS": parts, "STAGES": form.stages}
-        | {"GROUPS": form.groups, "A_TILE": tile, "num_warps": 4, "maxnreg": form.registers(), "launch_pdl": True},
-        (Matrix(rows, width, stride, (ROWS.value, BLOCK_K.value), X_TILE.value), small[0], small[-1], None, None),
+        | {"X_TILE": x_tile, "A_TILE": a_tile, "num_warps": 4, "maxnreg": 168, "launch_pdl": True},
+        (Matrix(rows, width, stride, (ROWS.value, form.k), x_tile), small[0], small[-1], None, None),
     )
 
 
