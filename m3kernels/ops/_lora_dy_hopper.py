@@ -27,10 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from m3kernels.ops._beside import (
-    ALL,
     DONE,
-    MARGIN,
-    ONE,
     READY,
     TILE,
     await_count,
@@ -53,8 +50,13 @@ AT_ONCE = gl.constexpr(4)  # parts of du that are summed from loads side by side
 SHARED = 220 * 1024  # bytes of tiles
 MOST_STAGES = 10
 MOST_RANK = 64
-# rank times blocks of columns that one warpgroup keeps sums of
-KEEPS = 128
+# by columns of B and blocks: microseconds that a program takes for 64 rows, beside a product; measured: docs/adapters.md
+ROW_TILE = {
+    16: {2: 0.83, 4: 1.4, 6: 2.1, 8: 2.7, 12: 3.05, 16: 4.0},
+    32: {2: 1.3, 4: 1.9, 6: 2.5, 8: 3.0},
+    64: {2: 2.4, 4: 3.3},
+}
+FEW = 16  # programs
 
 Y_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16))
 
@@ -316,7 +318,7 @@ class Form(NamedTuple):
         rank, parts = max(16, next_power_of_2(layout.rank)), 2 if layout.split else 1
         free = SHARED - 2 * rank * (parts * (blocks * COLS.value + T_STAGES.value * ROWS.value) + 2 * ROWS.value)
         stages = min(MOST_STAGES, free // (2 * ROWS.value * COLS.value))
-        return cls(rank, blocks, stages) if blocks // 2 * rank <= KEEPS and stages >= 3 else None
+        return cls(rank, blocks, stages) if blocks in ROW_TILE[rank] and stages >= 3 else None
 
     def programs(self, ns: tuple[int, ...]) -> list[int]:
         return [cdiv(n, COLS.value * self.blocks) for n in ns]
@@ -326,25 +328,23 @@ class Form(NamedTuple):
             gl.NVMMASharedLayout.get_default_for([n, self.rank], gl.bfloat16) for n in (ROWS.value, COLS.value)
         )
 
-    def busy(self, rows: int, split: bool, programs: int) -> float:
-        """Microseconds; a large rank waits for the tensor cores."""
-        products = cdiv(self.rank, 32) * (1.5 if split else 1.0)
-        return rows * self.blocks * COLS.value * 2 / min(ONE / max(1.0, products * 0.75), ALL / programs)
+    def busy(self, rows: int, split: bool) -> float:
+        """Microseconds beside a product."""
+        return cdiv(rows, ROWS.value) * ROW_TILE[self.rank][self.blocks] * (1.75 if split else 1.0)
 
 
 def best(layout: Layout, rows: int, ns: tuple[int, ...], width: int, sms: int) -> Form | None:
-    """The form with which the product beside it ends first."""
-    found = []
-    m_tiles, n_tiles, total = cdiv(rows, BLOCK_M.value), cdiv(width, BLOCK_N.value), sum(ns)
-    for blocks in (2, 4, 6, 8, 12, 16):
-        form = Form.of(layout, blocks)
-        if form is None or (programs := sum(form.programs(ns))) > sms - 4:
-            continue
-        busy = MARGIN * form.busy(rows, layout.split, programs)
-        end = finished(busy, programs, m_tiles * n_tiles, TILE * total, sms)
-        late = lateness(m_tiles, n_tiles, TILE * total, sms - programs, lambda tiles: busy * tiles / m_tiles)
-        found.append((end + late, programs, form))
-    return min(found)[2] if found else None
+    """The form with which the product beside it ends first; of few programs, if it can be: each hands a du of its own on."""
+    forms = [form for blocks in ROW_TILE[16] if (form := Form.of(layout, blocks))]
+    few = [form for form in forms if sum(form.programs(ns)) <= FEW] or forms[-1:]
+    m_tiles, n_tiles, tile = cdiv(rows, BLOCK_M.value), cdiv(width, BLOCK_N.value), TILE * sum(ns)
+
+    def end(form: Form) -> tuple[float, int]:
+        programs, busy = sum(form.programs(ns)), form.busy(rows, layout.split)
+        late = lateness(m_tiles, n_tiles, tile, sms - programs, lambda tiles: busy * tiles / m_tiles)
+        return finished(busy, programs, m_tiles * n_tiles, tile, sms) + late, programs
+
+    return min((form for form in few if sum(form.programs(ns)) < sms), key=end, default=None)
 
 
 @lru_cache(KEPT)

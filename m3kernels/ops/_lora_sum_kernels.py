@@ -1,10 +1,10 @@
 """What goes with the passes over the large operands: parts of A and B, DoRA's norms and k dy.
 
 parts    A as rows [hi ; lo], s B as [hi | hi | lo], DoRA's norms and scales from the squares of its rows
-dora     dz = k dy and sum(dy * y)
+dora     dz = k dy and dm, from sum(dy * y)
 """
 
-from m3kernels.ops._lora_kernels import PARTS_BLOCK, SMALLEST, _clear, _pointer_of, _write_parts
+from m3kernels.ops._lora_kernels import PARTS_BLOCK, SMALLEST, _clear, _one_of, _pointer_of, _write_parts
 from m3kernels.ops._triton import tl, triton
 
 
@@ -57,16 +57,29 @@ def lora_parts_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def dora_grad_kernel(
-    p_dy, p_y, p_scale, p_dz, p_sum, dy_stride, y_stride, rows, cols, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    p_dy1, p_dy2, p_dy3, p_y1, p_y2, p_y3, p_scale, p_dz1, p_dz2, p_dz3, p_sum,
+    n1, n2, n3, dy_stride1, dy_stride2, dy_stride3, y_stride1, y_stride2, y_stride3, second, third, rows, rows_each,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dz = scale * dy, and for each share of rows sum(dy * y).
+    """dz_j = scale_j * dy_j, and for each share of rows sum(dy_j * y_j); ``second``, ``third``: first blocks of those.
 
     By the product on its way to the tensor cores, dy took a quarter of the product's time (docs/adapters.md).
     """
     block, share = tl.program_id(0), tl.program_id(1)
-    o_n, o_b = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    m_n = o_n < cols
-    scale = tl.load(p_scale + o_n, mask=m_n, other=1.0)
+    which = (block >= second).to(tl.int32) + (block >= third)
+    cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)
+    o_n = (block - _one_of(which, 0, second, third)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_b, m_n = tl.arange(0, BLOCK_M), o_n < cols
+    p_dy, p_y, p_dz = (
+        _pointer_of(which, p_dy1, p_dy2, p_dy3),
+        _pointer_of(which, p_y1, p_y2, p_y3),
+        _pointer_of(which, p_dz1, p_dz2, p_dz3),
+    )
+    dy_stride, y_stride = (
+        _one_of(which, dy_stride1, dy_stride2, dy_stride3),
+        _one_of(which, y_stride1, y_stride2, y_stride3),
+    )
+    scale = tl.load(p_scale + before + o_n, mask=m_n, other=1.0)
     # by elements: a sum over rows in every step would make the warps wait for each other
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = share * rows_each
@@ -78,4 +91,21 @@ def dora_grad_kernel(
         y = tl.load(p_y + o_m * y_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
         total += dy * y
         tl.store(p_dz + o_m * cols + o_n[None, :], (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
-    tl.store(p_sum + share.to(tl.int64) * cols + o_n, tl.sum(total, axis=0), mask=m_n)
+    tl.store(p_sum + share.to(tl.int64) * (n1 + n2 + n3) + before + o_n, tl.sum(total, axis=0), mask=m_n)
+
+
+@triton.jit
+def dora_magnitude_kernel(
+    p_sum, p_norm, p_scale, p_dm, total, shares, BLOCK: tl.constexpr, SCALED: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """dm = sum of the shares / norm, and / scale where SCALED."""
+    o_n, o_s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
+    m_n, dm = o_n < total, tl.zeros([BLOCK], tl.float32)
+    for first in range(0, shares, AT_ONCE):
+        mask = (first + o_s < shares)[:, None] & m_n[None, :]
+        o_sum = (first + o_s)[:, None].to(tl.int64) * total + o_n[None, :]
+        dm += tl.sum(tl.load(p_sum + o_sum, mask=mask, other=0.0), axis=0)
+    by = tl.load(p_norm + o_n, mask=m_n, other=1.0)
+    if SCALED:
+        by *= tl.load(p_scale + o_n, mask=m_n, other=1.0)
+    tl.store(p_dm + o_n, dm / by, mask=m_n)

@@ -9,6 +9,7 @@ from torch import Tensor
 from m3kernels.ops._common import cdiv, launch, sm_count
 from m3kernels.ops._lora_kernels import lora_expand_kernel, lora_outer_kernel
 from m3kernels.ops._lora_launch import (
+    MOST,
     MOST_AT_ONCE,
     MOST_OF_DA,
     Layout,
@@ -22,7 +23,7 @@ from m3kernels.ops._lora_launch import (
     product32,
     three,
 )
-from m3kernels.ops._lora_sum_kernels import dora_grad_kernel
+from m3kernels.ops._lora_sum_kernels import dora_grad_kernel, dora_magnitude_kernel
 from m3kernels.ops._prepared import KEPT, Prepared
 
 # programs of the outer pass for each multiprocessor
@@ -174,17 +175,31 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
 
 
 @lru_cache(KEPT)
-def _dora_grads(rows: int, cols: int, strides: tuple[int, int], device, dtype) -> Prepared:
-    blocks = cdiv(cols, 256)
-    each = cdiv(cdiv(rows, max(1, 4 * sm_count(device) // blocks)), 16) * 16
-    grid, numbers = (blocks, cdiv(rows, each)), (*strides, rows, cols, each)
-    return Prepared("dora_linear backward", dora_grad_kernel, device, grid, numbers, {"BLOCK_M": 16, "BLOCK_N": 256})
+def _dora_grads(
+    rows: int, ns: tuple[int, ...], dy_strides: tuple[int, ...], y_strides: tuple[int, ...], by_scale: bool, device, *_
+) -> tuple[Prepared, Prepared]:
+    first = [0]
+    for n in ns:
+        first.append(first[-1] + cdiv(n, 256))
+    each = cdiv(cdiv(rows, max(1, 4 * sm_count(device) // first[-1])), 16) * 16
+    shares, total = cdiv(rows, each), sum(ns)
+    begins = (*first[1 : len(ns)], *[first[-1]] * (MOST - len(ns)))
+    numbers = (*fill(ns, 0), *fill(dy_strides, 0), *fill(y_strides, 0), *begins, rows, each)
+    name, meta = "dora_linear backward", {"BLOCK_M": 16, "BLOCK_N": 256}
+    passing = Prepared(name, dora_grad_kernel, device, (first[-1], shares), numbers, meta)
+    meta = {"BLOCK": 128, "SCALED": by_scale, "AT_ONCE": 16}
+    return passing, Prepared(name, dora_magnitude_kernel, device, (cdiv(total, 128),), (total, shares), meta)
 
 
-def dora_grads(dy: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz = scale * dy, the sum over rows of dy * out in fp32)."""
-    rows, cols = dy.shape
-    run = _dora_grads(rows, cols, (dy.stride(0), out.stride(0)), dy.device, dy.dtype)
-    dz, parts = dy.new_empty((rows, cols)), dy.new_empty((run.grid[1], cols), dtype=torch.float32)
-    run(dy, out, scale, dz, parts)
-    return dz, parts.sum(0)
+def dora_grads(
+    dys: list[Tensor], outs: list[Tensor], norms: Tensor, scales: Tensor, by_scale: bool
+) -> tuple[list[Tensor], Tensor]:
+    """(dz_j = k_j * dy_j, dm of all in fp32): the sums over rows of dy * out, by the norms, and by k where ``by_scale``."""
+    strides = [tuple([t.stride(0) for t in group]) for group in (dys, outs)]
+    ns = tuple([dy.shape[1] for dy in dys])
+    passing, adding = _dora_grads(dys[0].shape[0], ns, *strides, by_scale, norms.device, dys[0].dtype)
+    dzs = [torch.empty_like(dy) for dy in dys]
+    parts, dm = norms.new_empty((passing.grid[1], sum(ns))), torch.empty_like(norms)
+    passing(*three(dys), *three(outs), scales, *three(dzs), parts)
+    adding(parts, norms, scales, dm)
+    return dzs, dm

@@ -142,19 +142,17 @@ def _backward(
     need_weights: bool,
     need_adapters: bool,
 ) -> list[Tensor]:
-    """[dx, dA of all (count, R, K), dB of all (N of all, R)], then dW of each and dm of each where they are needed.
+    """[dx, dA of all (count, R, K), dB of all (N of all, R)], then dW of each and dm of all where they are needed.
 
     What is not needed is empty. ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
     """
     like, shape, x = many_a[0], x.shape, rows_of(x)
     layout, ns = Layout.of(x, like, len(weights)), [w.shape[0] for w in weights]
     dys = [rows_of(dy).contiguous() for dy in dys]
-    dzs, dms = dys, []
+    dzs, dm = dys, []
     if scales is not None:
-        pairs = [adding_up.dora_grads(dy, rows_of(out), k) for dy, out, k in zip(dys, outs, scales.split(ns))]
-        dzs = [dz for dz, _ in pairs]
-        divisors = (norms if x.dtype == torch.float16 else norms * scales).split(ns)
-        dms = [total / by for (_, total), by in zip(pairs, divisors)]
+        dzs, of_all = adding_up.dora_grads(dys, [rows_of(out) for out in outs], norms, scales, x.dtype != torch.float16)
+        dm = [of_all]
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
     sums, adding, plan, work = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None, None
@@ -173,7 +171,7 @@ def _backward(
     if adding:
         own = [] if plan else dys
         adding_up.adapter_gradients(adding, sums, own, x, t, du, layout, scalings, scales, seeds)
-    return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dms]
+    return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dm]
 
 
 def _backward_fake(
@@ -184,8 +182,8 @@ def _backward_fake(
     total = sum(w.shape[0] for w in weights)
     sizes = ((len(weights), rank, x.shape[-1]), (total, rank)) if need_adapters else (0, 0)
     dws = [x.new_empty(w.shape) for w in weights] if need_ws else []
-    dms = [] if scales is None else [x.new_empty(w.shape[0], dtype=torch.float32) for w in weights]
-    return [x.new_empty(x.shape if need_x else 0), *(like.new_empty(size) for size in sizes), *dws, *dms]
+    dm = [] if scales is None else [x.new_empty(total, dtype=torch.float32)]
+    return [x.new_empty(x.shape if need_x else 0), *(like.new_empty(size) for size in sizes), *dws, *dm]
 
 
 def _setup_context(ctx, inputs, output):
@@ -220,12 +218,13 @@ def _gradients(ctx, run_backward, *grads):
         *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], need_weights, need_adapters),
     )
     nothing = [None] * MOST
-    dws, dms = (found[:count], found[count:]) if need_weights else (nothing, found)
+    dws, dm = (found[:count], found[count:]) if need_weights else (nothing, found)
+    ns = [w.shape[0] for w in weights]
     # views of one tensor: the op itself may not return two of the same memory
-    das, dbs = (da.unbind(), db.split([w.shape[0] for w in weights])) if need_adapters else (nothing, nothing)
+    das, dbs = (da.unbind(), db.split(ns)) if need_adapters else (nothing, nothing)
     flat = [dx, *(g for of_one in zip(dws, das, dbs) for g in of_one)]
     flat += [None] * (1 + 3 * MOST - len(flat))
-    flat += [dm.to(dtype) for dm, dtype in zip(dms, ctx.magnitudes)]
+    flat += [part for of_all in dm for part in of_all.to(ctx.magnitudes[0]).split(ns)]
     return *(g if needed else None for g, needed in zip(flat, needs)), *[None] * (len(needs) - len(flat))
 
 
