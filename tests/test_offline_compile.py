@@ -71,7 +71,7 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constexprs else types[n] for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or re.search(r"(stride|width|vocab)\d?$", n)]
-    aligned += [n for n in ("n1", "n2", "n3", "rank", "part", "small_row", "small_col") if signature.get(n) == "i32"]
+    aligned += [n for n in ("n1", "n2", "n3", "rank", "part", "small_row", "small_col", "width_each") if signature.get(n) == "i32"]
     source = ASTSource(
         fn=kernel,
         signature=signature,

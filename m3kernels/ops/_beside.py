@@ -4,8 +4,8 @@ A pass over a large operand waits for memory, the product for its tensor cores. 
 what the memory gives: a dozen of them make t = x A^T while the others multiply, and multiply after that. The product takes its
 tiles from a counter, whenever a multiprocessor comes free, and waits for the rows of t that a tile adds at its end.
 
-``p_work``: int32, set to zero by a kernel before both: the next tile, what a third kernel waits for, then for every tile of
-rows how many of its makers have written theirs.
+``p_work``: int32, set to zero by a kernel before both: the next tile, then for every tile of rows how many of its makers
+have written theirs.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from m3kernels.ops._common import cdiv
 
-DONE = gl.constexpr(1)
-READY = gl.constexpr(2)
+READY = gl.constexpr(1)
 TOLD = gl.constexpr(2)  # tiles that the loader may be ahead
 
 

@@ -18,6 +18,20 @@ PROGRAMS = 4  # for each multiprocessor
 
 
 @triton.jit
+def _add_low(merged, p_w, p_a, p_b, m_n, m_k, m_r, scaling, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """``merged`` + s B A, some columns of B."""
+    b_b = tl.load(p_b, mask=m_n[:, None] & m_r[None, :], other=0.0).to(tl.float32) * scaling
+    b_a = tl.load(p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)
+    hi_b, hi_a = b_b.to(p_w.dtype.element_ty), b_a.to(p_w.dtype.element_ty)
+    merged = add_product(merged, hi_b, hi_a, PRECISION)
+    if SPLIT:
+        lo_b, lo_a = (b_b - hi_b.to(tl.float32)).to(hi_b.dtype), (b_a - hi_a.to(tl.float32)).to(hi_a.dtype)
+        merged = add_product(merged, hi_b, lo_a, PRECISION)
+        merged = add_product(merged, lo_b, hi_a, PRECISION)
+    return merged
+
+
+@triton.jit
 def dora_squares_kernel(
     p_w1,
     p_w2,
@@ -41,6 +55,7 @@ def dora_squares_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -65,17 +80,14 @@ def dora_squares_kernel(
     for k in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         m_k = k + o_k < end
         merged = tl.load(p_w + k, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-        for r in range(0, rank, BLOCK_R):
-            m_r = r + o_r < rank
-            m_low, m_a = m_n[:, None] & m_r[None, :], m_r[:, None] & m_k[None, :]
-            b_b = tl.load(p_b + r, mask=m_low, other=0.0).to(tl.float32) * scaling
-            b_a = tl.load(p_a + r * width + k, mask=m_a, other=0.0)
-            hi_b, hi_a = b_b.to(p_w.dtype.element_ty), b_a.to(p_w.dtype.element_ty)
-            merged = add_product(merged, hi_b, hi_a, PRECISION)
-            if SPLIT:
-                lo_b, lo_a = (b_b - hi_b.to(tl.float32)).to(hi_b.dtype), (b_a - hi_a.to(tl.float32)).to(hi_a.dtype)
-                merged = add_product(merged, hi_b, lo_a, PRECISION)
-                merged = add_product(merged, lo_b, hi_a, PRECISION)
+        # loads run ahead of an innermost loop alone
+        if AT_ONCE:
+            merged = _add_low(merged, p_w, p_a + k, p_b, m_n, m_k, o_r < rank, scaling, SPLIT, PRECISION)
+        else:
+            for r in range(0, rank, BLOCK_R):
+                merged = _add_low(
+                    merged, p_w, p_a + r * width + k, p_b + r, m_n, m_k, r + o_r < rank, scaling, SPLIT, PRECISION
+                )
         squares += merged * merged
     p_out = p_squares + tl.program_id(1).to(tl.int64) * (n1 + n2 + n3) + before + o_n
     tl.store(p_out, tl.sum(squares, axis=1), mask=m_n)
@@ -88,17 +100,14 @@ def _squares(
     blocks = sum(cdiv(n, BLOCK_N) for n in ns)
     shares = max(1, min(cdiv(width, BLOCK_K), PROGRAMS * sm_count(device) // blocks))
     each = cdiv(cdiv(width, shares), BLOCK_K) * BLOCK_K
+    block_r = min(16 if layout.split else 32, skinny.columns_of(layout.rank))
     return Prepared(
         "dora_linear (norm)",
         dora_squares_kernel,
         device,
         (blocks, cdiv(width, each)),
         (*skinny.fill(scalings, 0.0), *skinny.fill(ns, 0), width, layout.rank, each),
-        {
-            "BLOCK_N": BLOCK_N,
-            "BLOCK_K": BLOCK_K,
-            "BLOCK_R": min(16 if layout.split else 32, skinny.columns_of(layout.rank)),
-        }
+        {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "BLOCK_R": block_r, "AT_ONCE": layout.rank <= block_r}
         | {"SPLIT": layout.split, "PRECISION": skinny.precision(dtype), "STAGES": STAGES, "num_warps": 4},
     )
 

@@ -26,16 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import (
-    DONE,
-    READY,
-    TILE,
-    await_count,
-    finished,
-    lateness,
-    rows_written,
-    work_size,
-)
+from m3kernels.ops._beside import READY, TILE, await_count, finished, lateness, rows_written, work_size
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_M, BLOCK_N, Matrix
 from m3kernels.ops._lora_launch import Layout, fill, three
@@ -46,6 +37,7 @@ COLS = gl.constexpr(128)
 T_STAGES = gl.constexpr(3)
 TOLD = gl.constexpr(4)  # tiles of rows whose parts are stored and not yet counted
 FAR = gl.constexpr(2**30)
+SUMMED = gl.constexpr(1024)  # numbers of du that a warpgroup adds up at once
 AT_ONCE = gl.constexpr(4)  # parts of du that are summed from loads side by side
 SHARED = 220 * 1024  # bytes of tiles
 MOST_STAGES = 10
@@ -196,24 +188,29 @@ def _tell(p_arrived, memory, which, row_tiles):
 
 
 @gluon.jit
-def _sum(p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_tiles, rows, rank, padded, du_stride, scalings,
+def _sum(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows, rank, padded, du_stride, scalings,
          RANK: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """du of every so many tiles of 128 rows, of projection ``which``'s programs: ``programs`` from ``begin`` on."""
+    """du of every so many tiles of 64 rows, of all projections; of each, ``many`` programs from ``begins`` on have parts."""
     gdc_wait()
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
-    SOME: gl.constexpr = 1024 // RANK  # rows: few enough that several parts are on their way
+    # few enough that several parts are on their way
+    SOME: gl.constexpr = SUMMED // RANK
     o_m, o_r = gl.arange(0, SOME, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
     o_part = o_m[:, None] * RANK + o_r[None, :]
-    factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
     size = row_tiles * (ROWS * RANK)
-    for tile in range(inside, row_tiles // 2, programs):
+    for unit in range(gl.program_id(0), row_tiles * count, gl.num_programs(0)):
+        m, which = unit // count, unit % count
+        tile = m // 2
+        factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
+        begin = gl.where(which == 0, 0, gl.where(which == 1, begins[0], begins[1]))
+        programs = gl.where(which == 0, many[0], gl.where(which == 1, many[1], many[2]))
         await_count(p_arrived + which * (row_tiles // 2) + tile, programs)
         gl.thread_barrier()
-        for row in range(2 * ROWS * tile, 2 * ROWS * (tile + 1), SOME):
+        for row in range(m * ROWS, (m + 1) * ROWS, SOME):
             total = gl.zeros([SOME, RANK], gl.float32, layout)
             for first in range(0, programs, AT_ONCE):
                 for k in gl.static_range(AT_ONCE):
-                    p_rows = p_part + (begin + first + k).to(gl.int64) * size + row * RANK
+                    p_rows = p_part + (begin + first + k).to(gl.int64) * size + row.to(gl.int64) * RANK
                     there = (o_part >= 0) & (first + k < programs)
                     total += gl.load(p_rows + o_part, mask=there, other=0.0, cache_modifier=".cg")
             total *= factor
@@ -225,16 +222,15 @@ def _sum(p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_ti
                 gl.store(p_out + rank, (total - hi.to(gl.float32)).to(hi.dtype), mask=mask)
                 gl.store(p_out + 2 * rank, hi, mask=mask)
         rows_written(p_work + READY + tile)
-        gl.atomic_add(p_work + DONE, 1, sem="release", scope="gpu")
 
 
-VARYING = "n1 n2 n3 rows row_tiles rank padded du_stride begin2 begin3 programs1 programs2 programs3".split()
+VARYING = "n1 n2 n3 rows row_tiles rank padded du_stride count begin2 begin3 programs1 programs2 programs3".split()
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def lora_dy_kernel(
     d_y1, d_y2, d_y3, d_hi1, d_hi2, d_hi3, d_lo1, d_lo2, d_lo3, p_b1, p_b2, p_b3, p_scale, p_part, p_du, p_db, p_work, p_arrived,
-    s1, s2, s3, n1, n2, n3, rows, row_tiles, rank, padded, du_stride, begin2, begin3, programs1, programs2, programs3,
+    s1, s2, s3, n1, n2, n3, rows, row_tiles, rank, padded, du_stride, count, begin2, begin3, programs1, programs2, programs3,
     RANK: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
     T_TILE: gl.constexpr, B_TILE: gl.constexpr,
 ):  # fmt: skip
@@ -269,9 +265,7 @@ def lora_dy_kernel(
     program = gl.program_id(0)
     which = (program >= begin2).to(gl.int32) + (program >= begin3).to(gl.int32)
     begin = gl.where(which == 0, 0, gl.where(which == 1, begin2, begin3))
-    programs = gl.where(which == 0, programs1, gl.where(which == 1, programs2, programs3))
-    inside = program - begin
-    first = inside * BLOCKS
+    first = (program - begin) * BLOCKS
     # named: a number written into the lists below is no constexpr
     even: gl.constexpr = 0
     odd: gl.constexpr = 1
@@ -281,8 +275,8 @@ def lora_dy_kernel(
                        even, RANK, BLOCKS, PARTS, SCALED, STAGES)),
             (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, rows, ns, rank, scalings,
                        odd, RANK, BLOCKS, PARTS, SCALED, STAGES)),
-            (_sum, (p_part, p_du, p_work, p_arrived, which, inside, begin, programs, row_tiles, rows, rank, padded, du_stride,
-                    scalings, RANK, PARTS)),
+            (_sum, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (programs1, programs2, programs3), count, row_tiles, rows,
+                    rank, padded, du_stride, scalings, RANK, PARTS)),
             (_produce, (ys, ts, memory, which, first, row_tiles, BLOCKS, PARTS, STAGES)),
             (_tell, (p_arrived, memory, which, row_tiles)),
         ],
@@ -295,7 +289,7 @@ class Pass(NamedTuple):
     """The launch and its sizes.
 
     ``parts``: numbers of du in the making; ``arrivals``, ``work``: counters, its own and those that the product has too;
-    ``makers``: of a tile of rows of du; ``done``: tiles in all.
+    ``makers``: of a tile of rows of du; ``done``: of all tiles.
     """
 
     run: Prepared
@@ -378,16 +372,30 @@ def prepared(
         lora_dy_kernel,
         device,
         (total,),
-        (*fill(scalings, 0.0), *fill(ns, 0), rows, row_tiles, layout.rank, layout.padded, layout.count * layout.padded)
+        (
+            *fill(scalings, 0.0),
+            *fill(ns, 0),
+            rows,
+            row_tiles,
+            layout.rank,
+            layout.padded,
+            layout.count * layout.padded,
+            layout.count,
+        )
         + (*begins, *fill(tuple(programs), 0)),
         {"RANK": form.rank, "BLOCKS": form.blocks, "PARTS": parts, "SCALED": scaled, "STAGES": form.stages}
         | {"T_TILE": t_tile, "B_TILE": b_tile, "num_warps": 4, "maxnreg": 128, "launch_pdl": True},
         (*last(ys), *last(his), *last(los), *[None] * 9),
     )
+    makers = 2 * layout.count
     return Pass(
-        run, total * row_tiles * ROWS.value * form.rank, layout.count * row_tiles // 2, work_size(rows),
-        layout.count, layout.count * row_tiles // 2,
-    )  # fmt: skip
+        run,
+        total * row_tiles * ROWS.value * form.rank,
+        layout.count * row_tiles // 2,
+        work_size(rows),
+        makers,
+        makers * row_tiles // 2,
+    )
 
 
 def du_and_db(

@@ -276,11 +276,11 @@ def _add_up(p_slab, o_sum, slab_stride, shares):
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "rows_each", "shares", "t_each", "done"])
+@triton.jit(do_not_specialize=["rows", "rows_each", "shares", "t_each", "done", "tiles"])
 def lora_outer_kernel(
     p_y1, p_y2, p_y3, p_x, p_t, p_u, p_db, p_da, p_slabs, p_arrived, p_scale, p_seed, p_work,
     n1, n2, n3, width, x_stride, rows, rows_each, rank, t_stride, t_each, u_stride, u_each, part, s1, s2, s3, dropout, y_blocks,
-    shares, done,
+    shares, done, tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
     SCALED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, WITH_Y: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -301,8 +301,13 @@ def lora_outer_kernel(
     if OVERLAP:
         if done > 0:
             # the kernel before the product may still write u
-            while tl.atomic_add(p_work + 1, 0, sem="acquire") < done:
-                pass
+            written = 0
+            while written < done:
+                written = 0
+                for tile in range(0, tiles, PARTS_BLOCK):
+                    o_tile = tile + tl.arange(0, PARTS_BLOCK)
+                    written += tl.sum(tl.load(p_work + 1 + o_tile, mask=o_tile < tiles, other=0, volatile=True))
+            tl.atomic_add(p_work, 0, sem="acquire")
             tl.debug_barrier()
     if WITH_Y and block < y_blocks:
         blocks1, blocks2 = tl.cdiv(n1, BLOCK_N), tl.cdiv(n1, BLOCK_N) + tl.cdiv(n2, BLOCK_N)

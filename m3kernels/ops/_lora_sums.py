@@ -72,13 +72,18 @@ def _outer(
             rows * padded,
             count * padded,
         )
-        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares, done),
+        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares, done, cdiv(rows, 128)),
         form
         | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
         | options_of(config)
         | ({"launch_pdl": True} if overlaps else {}),
     )
     return Summing(run, blocks * groups * shares * config.cols * form["RANK"] * count, blocks * groups)
+
+
+def _sums_fit(layout: Layout) -> bool:
+    """Whether dA of all projections stays in registers."""
+    return layout.rank <= MOST_OF_DA and layout.rank * layout.count * (2 if layout.split else 1) <= 3 * MOST_OF_DA
 
 
 class Sums(NamedTuple):
@@ -117,7 +122,7 @@ class Adding(NamedTuple):
     ) -> "Adding":  # fmt: skip
         """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums; ``plan``: of one pass over dy."""
         run, slabs, arrivals = None, 0, 0
-        if not by_cublas(layout, dropout, x.device, x.dtype) or (plan and layout.rank <= MOST_OF_DA):
+        if not by_cublas(layout, dropout, x.device, x.dtype) or (plan and _sums_fit(layout)):
             ns = () if plan else tuple(ns)
             run, slabs, arrivals = _outer(
                 layout, x.shape[0], ns, x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps,
@@ -175,9 +180,10 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
 
 
 @lru_cache(KEPT)
-def _dora_grads(
-    rows: int, ns: tuple[int, ...], dy_strides: tuple[int, ...], y_strides: tuple[int, ...], by_scale: bool, device, *_
-) -> tuple[Prepared, Prepared]:
+def _dora(
+    rows: int, ns: tuple[int, ...], dy_strides: tuple[int, ...], y_strides: tuple[int, ...], by_scale: bool, overlaps: bool,
+    device, *_,
+) -> tuple[Prepared, Prepared]:  # fmt: skip
     first = [0]
     for n in ns:
         first.append(first[-1] + cdiv(n, 256))
@@ -185,21 +191,33 @@ def _dora_grads(
     shares, total = cdiv(rows, each), sum(ns)
     begins = (*first[1 : len(ns)], *[first[-1]] * (MOST - len(ns)))
     numbers = (*fill(ns, 0), *fill(dy_strides, 0), *fill(y_strides, 0), *begins, rows, each)
-    name, meta = "dora_linear backward", {"BLOCK_M": 16, "BLOCK_N": 256}
+    name, pdl = "dora_linear backward", {"launch_pdl": True} if overlaps else {}
+    meta = {"BLOCK_M": 16, "BLOCK_N": 256, "OVERLAP": overlaps} | pdl
     passing = Prepared(name, dora_grad_kernel, device, (first[-1], shares), numbers, meta)
     meta = {"BLOCK": 128, "SCALED": by_scale, "AT_ONCE": 16}
     return passing, Prepared(name, dora_magnitude_kernel, device, (cdiv(total, 128),), (total, shares), meta)
 
 
-def dora_grads(
-    dys: list[Tensor], outs: list[Tensor], norms: Tensor, scales: Tensor, by_scale: bool
-) -> tuple[list[Tensor], Tensor]:
-    """(dz_j = k_j * dy_j, dm of all in fp32): the sums over rows of dy * out, by the norms, and by k where ``by_scale``."""
-    strides = [tuple([t.stride(0) for t in group]) for group in (dys, outs)]
-    ns = tuple([dy.shape[1] for dy in dys])
-    passing, adding = _dora_grads(dys[0].shape[0], ns, *strides, by_scale, norms.device, dys[0].dtype)
-    dzs = [torch.empty_like(dy) for dy in dys]
-    parts, dm = norms.new_empty((passing.grid[1], sum(ns))), torch.empty_like(norms)
-    passing(*three(dys), *three(outs), scales, *three(dzs), parts)
-    adding(parts, norms, scales, dm)
-    return dzs, dm
+class Scaling(NamedTuple):
+    """DoRA's part of a backward: dz_j = k_j * dy_j, and dm."""
+
+    dzs: list[Tensor]
+    parts: Tensor
+    kernels: tuple[Prepared, Prepared]
+
+    @classmethod
+    def of(cls, dys: list[Tensor], outs: list[Tensor], norms: Tensor, by_scale: bool, overlaps: bool) -> "Scaling":
+        """``overlaps``: with the pass right before it, of which it reads nothing."""
+        ns, strides = tuple([dy.shape[1] for dy in dys]), [tuple([t.stride(0) for t in group]) for group in (dys, outs)]
+        kernels = _dora(dys[0].shape[0], ns, *strides, by_scale, overlaps, norms.device, dys[0].dtype)
+        parts = norms.new_empty((kernels[0].grid[1], sum(ns)))
+        return cls([torch.empty_like(dy) for dy in dys], parts, kernels)
+
+    def run(self, dys: list[Tensor], outs: list[Tensor], scales: Tensor) -> None:
+        self.kernels[0](*three(dys), *three(outs), scales, *three(self.dzs), self.parts)
+
+    def dm(self, norms: Tensor, scales: Tensor) -> Tensor:
+        """Of all, in fp32: the sums over rows of dy * out, by the norms, and by k where ``by_scale``."""
+        dm = torch.empty_like(norms)
+        self.kernels[1](self.parts, norms, scales, dm)
+        return dm
