@@ -127,7 +127,7 @@ def medians(runs: dict[str, Callable]) -> dict[str, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         # long enough that what the host does for the next call is hidden
-        torch.cuda._sleep(800_000)
+        torch.cuda._sleep(2_500_000)
         start.record()
         runs[name]()
         end.record()

@@ -71,7 +71,11 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constexprs else types[n] for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or re.search(r"(stride|width|vocab)\d?$", n)]
-    aligned += [n for n in ("n1", "n2", "n3", "rank", "part", "small_row", "small_col", "width_each") if signature.get(n) == "i32"]
+    aligned += [
+        n
+        for n in ("n1", "n2", "n3", "rank", "part", "small_row", "small_col", "width_each")
+        if signature.get(n) == "i32"
+    ]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -84,7 +88,7 @@ def compile_sm90(kernel, warps: int, constexprs: dict, types: dict, stages: int 
         knobs.compilation.always_compile = True  # a cached kernel comes back without the assembler's log
         options |= {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    text = log.getvalue(); import os; os.environ.get("SHOW") and print("\n".join(l for l in text.splitlines() if "C75" in l))
+    text = log.getvalue()
     # such a kernel is launched before the one that it reads from has ended
     assert not constexprs.get("OVERLAP") or "griddepcontrol.wait" in compiled.asm["ptx"]
     return {
@@ -447,7 +451,7 @@ def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:
         knobs.compilation.always_compile = True
         source = GluonASTSource(kernel, signature, constexprs, attrs)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    text = log.getvalue(); import os; os.environ.get("SHOW") and print("\n".join(l for l in text.splitlines() if "C75" in l))
+    text = log.getvalue()
     return {
         "shared": compiled.metadata.shared,
         "spilled": max(map(int, re.findall(r"(\d+) bytes spill stores", text)), default=0),
@@ -459,7 +463,7 @@ def compile_gluon(kernel, constexprs: dict, types: dict, **options) -> dict:
 def adapter_types(kernel, constexprs: dict, **other: str) -> dict:
     types = {n: "*bf16" if n.startswith("p_") else "i32" for n in kernel.arg_names if n not in constexprs}
     types |= dict.fromkeys(("dropout", "scale", "s1", "s2", "s3"), "fp32")
-    return types | {"p_seed": "*i64", "p_arrived": "*i32"} | other
+    return types | {"p_seed": "*i64", "p_arrived": "*i32", "p_work": "*i32"} | other
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -494,6 +498,10 @@ def test_adapter_passes(rank, split, count):
         (adapter_kernels.lora_shrink_kernel, adapters.shrink_form(layout, True, False, 0.0, torch.bfloat16)),
         (adapter_kernels.lora_shrink_kernel, adapters.shrink_form(layout, False, True, 0.0, torch.bfloat16)),
         (adapter_kernels.lora_outer_kernel, adapters.outer_form(layout, True, 0.0, torch.bfloat16)),
+        (
+            adapter_kernels.lora_outer_kernel,
+            adapters.outer_form(layout, False, 0.0, torch.bfloat16, adapters.MOST_OF_DA),
+        ),
     ]
     for kernel, form in passes:
         report = skinny_report(kernel, *form, "bf16", split)
@@ -513,32 +521,27 @@ def test_adapter_passes_with_dropout(rank, dtype):
         check(kernel, skinny_report(kernel, *form, dtype, split), rank * 3)
 
 
-@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("split", "scaled"), [(False, False), (True, False), (True, True)])
-def test_adapter_parts_and_sums(split, scaled, count):
+def test_adapter_parts(split, scaled):
     """Also each branch's types: the interpreter lets a name have one in each."""
     of_adapters = "*fp32" if split else "*bf16"
-    for kernel, constexprs in (
-        (adapter_sums.lora_parts_kernel, {"SPLIT": split, "SCALED": scaled, "OVERLAP": False}),
-        (
-            adapter_sums.lora_sum_kernel,
-            {"COLS": 256, "RANK": 16, "COUNT": count, "SPLIT": split, "SCALED": scaled, "OVERLAP": False},
-        ),
-    ):
-        fp32 = ("p_part_du", "p_part_db", "p_scale", "p_norm", "p_squares")
-        given = [n for n in kernel.arg_names if re.fullmatch(r"p_[abm]\d|p_db", n)]
-        types = adapter_types(kernel, constexprs, **dict.fromkeys(fp32, "*fp32"), **dict.fromkeys(given, of_adapters))
-        types = {n: t for n, t in types.items() if n in kernel.arg_names}
-        check(kernel, compile_sm90(kernel, 4, constexprs, types), 0)
+    kernel, constexprs = adapter_sums.lora_parts_kernel, {"SPLIT": split, "SCALED": scaled, "OVERLAP": False}
+    fp32 = dict.fromkeys(("p_scale", "p_norm", "p_squares"), "*fp32")
+    given = [n for n in kernel.arg_names if re.fullmatch(r"p_[abm]\d", n)]
+    types = adapter_types(kernel, constexprs, **fp32, **dict.fromkeys(given, of_adapters))
+    check(kernel, compile_sm90(kernel, 4, constexprs, types), 0)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize(("rank", "split"), [(16, False), (16, True), (32, False)])
-def test_dora_squares(rank, split):
+def test_dora_squares(rank, split, at_once):
+    """W's own loads run ahead where one tile of A and B is all."""
     kernel = dora.dora_squares_kernel
     constexprs = {
         "BLOCK_N": dora.BLOCK_N,
         "BLOCK_K": dora.BLOCK_K,
         "BLOCK_R": rank,
+        "AT_ONCE": at_once,
         "SPLIT": split,
         "PRECISION": "tf32",
     }
@@ -546,7 +549,12 @@ def test_dora_squares(rank, split):
     types = adapter_types(kernel, constexprs | {"STAGES": dora.STAGES}, p_squares="*fp32", **of_adapters)
     report = compile_sm90(kernel, 4, constexprs | {"STAGES": dora.STAGES}, types)
     check(kernel, report, rank)
+    tile = 2 * dora.BLOCK_N * dora.BLOCK_K
     assert "cp.async" in report["ptx"]
+    ahead = report["shared"] >= (dora.STAGES - 1) * tile
+    assert ahead or not at_once
+    if rank == 16 and not split:  # the tiles of larger adapters are as large
+        assert ahead == at_once
 
 
 def test_lora_expand_and_dora_gradient():
@@ -559,6 +567,9 @@ def test_lora_expand_and_dora_gradient():
     kernel, constexprs = adapter_sums.dora_grad_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}
     types = adapter_types(kernel, constexprs, p_scale="*fp32", p_sum="*fp32")
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 256)
+    kernel, constexprs = adapter_sums.dora_magnitude_kernel, {"BLOCK": 128, "SCALED": True, "AT_ONCE": 16}
+    types = dict.fromkeys(("p_sum", "p_norm", "p_scale", "p_dm"), "*fp32") | {"total": "i32", "shares": "i32"}
+    check(kernel, compile_sm90(kernel, 4, constexprs, types), 128)
 
 
 HOPPER = [(True, False, False), (False, False, False), (True, True, False), (True, False, True), (True, True, True)]
@@ -605,55 +616,74 @@ def described(rows: int, columns: int, layout) -> str:
     return f"tensordesc<bf16[{rows},{columns}],{getattr(layout, 'value', layout)!r}>"
 
 
-def check_gluon(kernel, constexprs: dict, types: dict) -> str:
-    report = compile_gluon(kernel, constexprs, types, num_warps=4, maxnreg=168)
-    assert report["shared"] <= SHARED_MEMORY and not report["serialised"] and report["spilled"] == 0
+def check_gluon(kernel, constexprs: dict, types: dict, registers: int = 168, spills: int = 0) -> str:
+    report = compile_gluon(kernel, constexprs, types, num_warps=4, maxnreg=registers)
+    assert report["shared"] <= SHARED_MEMORY and not report["serialised"] and report["spilled"] <= spills
     assert "wgmma.mma_async" in report["ptx"] and "setmaxnreg" in report["ptx"]
     return report["ptx"]
 
 
 @needs_its_gluon
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(("across", "scaled"), [(False, False), (False, True), (True, False)])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_linear_hopper(across, scaled, count):
+@pytest.mark.parametrize("count", [1, 3])
+def test_linear_hopper(across, scaled, count, beside):
     module = importlib.import_module("m3kernels.ops._linear_hopper")
     kernel, left = module.linear_low_rank_kernel, described(64, 64, module.A_TILE)
     right = described(64, 256, module.B_TILE_ACROSS) if across else described(256, 64, module.B_TILE)
-    types = dict.fromkeys(kernel.arg_names, "i32") | {"p_scale": "*fp32"}
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"p_scale": "*fp32", "p_work": "*i32"}
     types |= {n: left for n in types if n.startswith(("d_a", "d_t"))}
     types |= {n: right for n in types if n.startswith(("d_b", "d_low"))}
     types |= {n: described(64, 256, module.B_TILE_ACROSS) for n in types if n.startswith("d_out")}
-    ptx = check_gluon(kernel, {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": True}, types)
+    constexprs = {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": True, "BESIDE": beside}
+    ptx = check_gluon(kernel, constexprs, types)
     assert "griddepcontrol.wait" in ptx
+    # what another kernel stores while this one runs is ordered before the copy engine reads it
+    assert ("acquire" in ptx and "fence.proxy.async.global" in ptx) == beside
 
 
 @needs_its_gluon
-@pytest.mark.parametrize(("rank", "split"), [(16, False), (16, True), (32, False), (32, True)])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_lora_dy_hopper(rank, split, scaled):
+@pytest.mark.parametrize(("rank", "split", "blocks"), [
+    (16, False, 4), (16, False, 16), (16, True, 12), (16, True, 16),
+    (32, False, 8), (32, True, 8), (64, False, 2), (64, False, 4),
+])  # fmt: skip
+def test_lora_dy_hopper(rank, split, blocks):
     module = importlib.import_module("m3kernels.ops._lora_dy_hopper")
-    kernel, columns = module.lora_dy_kernel, rank * (2 if split else 1)
-    t_tile, b_tile = module.tile_of(64, columns), module.tile_of(256, columns)
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("p_du", "p_db", "p_scale"), "*fp32")
+    kernel, form = module.lora_dy_kernel, module.Form.of(adapter_layout(rank, split, 3), blocks)
+    t_tile, b_tile = form.tiles()
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("p_part", "p_scale"), "*fp32")
+    types |= dict.fromkeys(("s1", "s2", "s3"), "fp32") | dict.fromkeys(("p_work", "p_arrived"), "*i32")
+    types |= {"p_du": "*bf16", "p_db": "*fp32" if split else "*bf16"}
     for j in (1, 2, 3):
-        types |= {f"d_y{j}": described(64, 256, module.Y_TILE), f"d_t{j}": described(64, columns, t_tile)}
-        types[f"p_b{j}"] = "*fp32" if split else "*bf16"
-    constexprs = {"RANK": rank, "SPLIT": split, "SCALED": scaled, "STAGES": module.STAGES[columns]}
-    check_gluon(kernel, constexprs | {"T_TILE": t_tile, "B_TILE": b_tile}, types)
+        types |= dict.fromkeys((f"d_hi{j}", f"d_lo{j}"), described(64, rank, t_tile))
+        types |= {f"d_y{j}": described(64, 128, module.Y_TILE), f"p_b{j}": "*fp32" if split else "*bf16"}
+    constexprs = {"RANK": rank, "BLOCKS": blocks, "PARTS": 1 + split, "SCALED": True, "STAGES": form.stages}
+    ptx = check_gluon(kernel, constexprs | {"T_TILE": t_tile, "B_TILE": b_tile}, types, 128, spills=24)
+    assert "release" in ptx and "acquire" in ptx
 
 
 @needs_its_gluon
-@pytest.mark.parametrize("rows", [4096, 8192])
-@pytest.mark.parametrize(("rank", "count", "split"), [(16, 1, False), (16, 3, True), (64, 2, False), (64, 2, True)])
-def test_lora_x_hopper(rank, count, split, rows):
+@pytest.mark.parametrize(("rank", "count", "split", "spills"), [
+    (16, 1, False, 0), (16, 3, True, 0), (64, 3, False, 0), (64, 2, True, 200), (128, 1, False, 0),
+])  # fmt: skip
+def test_lora_x_hopper(rank, count, split, spills):
+    """Spills are where a tile is stored, once for thousands of products."""
     module = importlib.import_module("m3kernels.ops._lora_x_hopper")
-    form = module.Form.of(adapter_layout(rank, split, count), rows, 132)
-    x_tile, a_tile = form.tiles()
-    types = dict.fromkeys(module.lora_x_kernel.arg_names, "i32") | {"p_t": "*bf16"}
-    types |= {"d_x": described(form.rows, 128, x_tile), "d_a": described(form.height, 128, a_tile)}
-    constexprs = {"ROWS": form.rows, "HEIGHT": form.height, "STAGES": form.stages, "SPLIT": split}
-    ptx = check_gluon(module.lora_x_kernel, constexprs | {"X_TILE": x_tile, "A_TILE": a_tile}, types)
-    assert "griddepcontrol.wait" in ptx
+    layout = adapter_layout(rank, split, count)
+    form, kernel = module.Form.of(layout), module.lora_x_kernel
+    x_tile, a_tile = form.layouts()
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"p_t": "*bf16", "p_work": "*i32"}
+    types |= {"d_x": described(64, form.k, x_tile)}
+    types |= dict.fromkeys(("d_a_hi", "d_a_lo"), described(form.tile, form.k, a_tile))
+    constexprs = {
+        "RANK": rank,
+        "PADDED": layout.padded,
+        "COLUMNS": form.tile,
+        "PARTS": 1 + split,
+        "STAGES": form.stages,
+    }
+    ptx = check_gluon(kernel, constexprs | {"X_TILE": x_tile, "A_TILE": a_tile}, types, spills=spills)
+    assert "griddepcontrol.wait" in ptx and "release" in ptx
 
 
 def test_the_check_fails_for_a_configuration_that_spills():

@@ -87,10 +87,7 @@ def _load_all(d_left, d_right, memory, count, row, col, k_tiles, ACROSS: gl.cons
 
 @gluon.jit
 def _produce(left, right, d_t, d_low, p_work, memory, queue, order, k_tiles, rows, low_tiles, second, third, starts, ready,
-             ACROSS: gl.constexpr, COUNT: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr, WAITS: gl.constexpr):  # fmt: skip
-    if WAITS:
-        # the left operands come from the kernel before this one
-        gdc_wait()
+             ACROSS: gl.constexpr, COUNT: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr):  # fmt: skip
     m_tiles, n_tiles = order
     total = m_tiles * n_tiles
     count, taken = 0, 0
@@ -209,7 +206,6 @@ def linear_low_rank_kernel(
     p_scale, p_work, d_a1, d_a2, d_a3, d_b1, d_b2, d_b3, d_t, d_low, d_out1, d_out2, d_out3,
     n1, n2, n3, k_tiles1, k_tiles2, k_tiles3, m_tiles, n_tiles, rows, low_tiles, second, third, start2, start3, ready,
     ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr,
-    WAITS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_a1.dtype
     s_a = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], A_TILE)
@@ -237,7 +233,7 @@ def linear_low_rank_kernel(
             (_consume, (outs, p_scale, ns, memory, queue, s_out, order, k_tiles, low_tiles, second, third, starts, lower,
                         ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
             (_produce, (left, right, d_t, d_low, p_work, memory, queue, order, k_tiles, rows, low_tiles, second, third, starts,
-                        ready, ACROSS, COUNT, OVERLAP, BESIDE, WAITS)),
+                        ready, ACROSS, COUNT, OVERLAP, BESIDE)),
         ],
         [4, 1],
         [232, 40],
@@ -266,7 +262,7 @@ class Matrix(NamedTuple):
 @lru_cache(KEPT)
 def _prepared(
     m: int, ks: tuple[int, ...], ns: tuple[int, ...], layout: Layout, strides: tuple[int, ...], weight_strides: tuple[int, ...],
-    across: bool, scaled: bool, overlaps: bool, makers: int, waits: bool, dtype: torch.dtype, device: torch.device,
+    across: bool, scaled: bool, overlaps: bool, makers: int, dtype: torch.dtype, device: torch.device,
 ) -> Prepared | None:  # fmt: skip
     """The launch, or None where this kernel does not take the product.
 
@@ -332,7 +328,6 @@ def takes(
     ns: list[int],
     overlaps: bool,
     makers: int = 0,
-    waits: bool = False,
 ) -> Prepared | None:
     """The launch of :func:`linear_low_rank`, or None where this kernel does not take it."""
     bits, dtype = 0, lefts[0].dtype
@@ -344,24 +339,22 @@ def takes(
         return None
     return _prepared(
         lefts[0].shape[0], tuple([a.shape[1] for a in lefts]), tuple(ns), layout, tuple([a.stride(0) for a in lefts]),
-        tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps, makers, waits, dtype, lefts[0].device,
+        tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps, makers, dtype, lefts[0].device,
     )  # fmt: skip
 
 
 def linear_low_rank(
     lefts: list[Tensor], weights: list[Tensor], t: Tensor, low: Tensor, layout: Layout, across: bool, scale: Tensor | None,
     sizes: list[tuple[int, ...]], overlaps: bool, work: Tensor | None = None, makers: int = 0,
-    waits: bool = False,
 ) -> list[Tensor] | None:  # fmt: skip
     """The products in ``sizes``, rows side by side, or None where this kernel does not take them.
 
     One left operand and several weights (N, K) give several results; ``across``, several of both, weights (K, N), one sum.
     ``t`` and ``low``: fresh, as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns. ``overlaps``:
     the kernel before this one wrote t and low and lets this one begin, as this one does the next. ``work``: that of
-    :mod:`m3kernels.ops._beside`, where a kernel beside this one writes each tile of rows in ``makers`` parts. ``waits``: ``lefts`` are of the
-    kernel right before this one.
+    :mod:`m3kernels.ops._beside`, where a kernel beside this one writes each tile of rows in ``makers`` parts.
     """
-    run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps, makers, waits)
+    run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps, makers)
     if run is None:
         return None
     outs = [t.new_empty(size) for size in sizes]

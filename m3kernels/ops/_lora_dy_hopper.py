@@ -123,7 +123,7 @@ def _stream(bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tile
     o_m, o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
     o_n = gl.arange(0, COLS, gl.SliceLayout(1, layout))
     sums = ()
-    for c in gl.static_range(HALF):
+    for _ in gl.static_range(HALF):
         sums = sums + (gl.zeros([COLS, RANK], gl.float32, layout),)
     for m in range(0, row_tiles):
         t_slot = m % T_STAGES
@@ -338,7 +338,8 @@ def best(layout: Layout, rows: int, ns: tuple[int, ...], width: int, sms: int) -
         late = lateness(m_tiles, n_tiles, tile, sms - programs, lambda tiles: busy * tiles / m_tiles)
         return finished(busy, programs, m_tiles * n_tiles, tile, sms) + late, programs
 
-    return min((form for form in few if sum(form.programs(ns)) < sms), key=end, default=None)
+    # all must be there at once, beside another stream's as well
+    return min((form for form in few if sum(form.programs(ns)) <= sms // 2), key=end, default=None)
 
 
 @lru_cache(KEPT)

@@ -106,12 +106,12 @@ def project(
     return found
 
 
-def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, dropout: float, plan, waits: bool) -> bool:
+def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, dropout: float, plan) -> bool:
     """Whether :func:`input_gradient` lets what follows it begin before it has ended."""
     if (kernel := _hopper(dys[0].device)) is None or dropout or not (plan or _overlaps(dys[0], layout)):
         return False
     makers = plan.makers if plan else 0
-    return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True, makers, waits) is not None
+    return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True, makers) is not None
 
 
 def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scalings: list[float], scaled: bool, width: int):
@@ -140,15 +140,12 @@ def du_and_db(plan, *given, **named) -> Tensor:
 
 def input_gradient(
     dys: list[Tensor], weights: list[Tensor], du: Tensor, a: Tensor, layout: Layout, dropout: float, seeds: Tensor | None,
-    shape: tuple[int, ...], plan, work: Tensor | None, waits: bool,
+    shape: tuple[int, ...], plan, work: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """sum_j dy_j W_j + drop_j'(du_j A_j) in ``shape``; right after du, or while ``plan``'s pass still makes it.
-
-    ``waits``: what made the left operands lets this begin before it has ended.
-    """
+    """sum_j dy_j W_j + drop_j'(du_j A_j) in ``shape``; right after du, or while ``plan``'s pass still makes it."""
     if not dropout and (kernel := _hopper(du.device)) is not None:
         overlaps, makers = (True, plan.makers) if plan else (_overlaps(du, layout), 0)
-        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, None, [shape], overlaps, work, makers, waits)
+        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, None, [shape], overlaps, work, makers)
         if found is not None:
             return found[0]
     dx = du.new_empty(shape)

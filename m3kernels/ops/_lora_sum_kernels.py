@@ -59,15 +59,12 @@ def lora_parts_kernel(
 def dora_grad_kernel(
     p_dy1, p_dy2, p_dy3, p_y1, p_y2, p_y3, p_scale, p_dz1, p_dz2, p_dz3, p_sum,
     n1, n2, n3, dy_stride1, dy_stride2, dy_stride3, y_stride1, y_stride2, y_stride3, second, third, rows, rows_each,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dz_j = scale_j * dy_j, and for each share of rows sum(dy_j * y_j); ``second``, ``third``: first blocks of those.
 
     By the product on its way to the tensor cores, dy took a quarter of the product's time (docs/adapters.md).
     """
-    if OVERLAP:
-        # this kernel reads nothing of the one before it; the next one waits
-        tl.extra.cuda.gdc_launch_dependents()
     block, share = tl.program_id(0), tl.program_id(1)
     which = (block >= second).to(tl.int32) + (block >= third)
     cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)

@@ -180,10 +180,9 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
 
 
 @lru_cache(KEPT)
-def _dora(
-    rows: int, ns: tuple[int, ...], dy_strides: tuple[int, ...], y_strides: tuple[int, ...], by_scale: bool, overlaps: bool,
-    device, *_,
-) -> tuple[Prepared, Prepared]:  # fmt: skip
+def _dora_grads(
+    rows: int, ns: tuple[int, ...], dy_strides: tuple[int, ...], y_strides: tuple[int, ...], by_scale: bool, device, *_
+) -> tuple[Prepared, Prepared]:
     first = [0]
     for n in ns:
         first.append(first[-1] + cdiv(n, 256))
@@ -191,33 +190,21 @@ def _dora(
     shares, total = cdiv(rows, each), sum(ns)
     begins = (*first[1 : len(ns)], *[first[-1]] * (MOST - len(ns)))
     numbers = (*fill(ns, 0), *fill(dy_strides, 0), *fill(y_strides, 0), *begins, rows, each)
-    name, pdl = "dora_linear backward", {"launch_pdl": True} if overlaps else {}
-    meta = {"BLOCK_M": 16, "BLOCK_N": 256, "OVERLAP": overlaps} | pdl
+    name, meta = "dora_linear backward", {"BLOCK_M": 16, "BLOCK_N": 256}
     passing = Prepared(name, dora_grad_kernel, device, (first[-1], shares), numbers, meta)
     meta = {"BLOCK": 128, "SCALED": by_scale, "AT_ONCE": 16}
     return passing, Prepared(name, dora_magnitude_kernel, device, (cdiv(total, 128),), (total, shares), meta)
 
 
-class Scaling(NamedTuple):
-    """DoRA's part of a backward: dz_j = k_j * dy_j, and dm."""
-
-    dzs: list[Tensor]
-    parts: Tensor
-    kernels: tuple[Prepared, Prepared]
-
-    @classmethod
-    def of(cls, dys: list[Tensor], outs: list[Tensor], norms: Tensor, by_scale: bool, overlaps: bool) -> "Scaling":
-        """``overlaps``: with the pass right before it, of which it reads nothing."""
-        ns, strides = tuple([dy.shape[1] for dy in dys]), [tuple([t.stride(0) for t in group]) for group in (dys, outs)]
-        kernels = _dora(dys[0].shape[0], ns, *strides, by_scale, overlaps, norms.device, dys[0].dtype)
-        parts = norms.new_empty((kernels[0].grid[1], sum(ns)))
-        return cls([torch.empty_like(dy) for dy in dys], parts, kernels)
-
-    def run(self, dys: list[Tensor], outs: list[Tensor], scales: Tensor) -> None:
-        self.kernels[0](*three(dys), *three(outs), scales, *three(self.dzs), self.parts)
-
-    def dm(self, norms: Tensor, scales: Tensor) -> Tensor:
-        """Of all, in fp32: the sums over rows of dy * out, by the norms, and by k where ``by_scale``."""
-        dm = torch.empty_like(norms)
-        self.kernels[1](self.parts, norms, scales, dm)
-        return dm
+def dora_grads(
+    dys: list[Tensor], outs: list[Tensor], norms: Tensor, scales: Tensor, by_scale: bool
+) -> tuple[list[Tensor], Tensor]:
+    """(dz_j = k_j * dy_j, dm of all in fp32): the sums over rows of dy * out, by the norms, and by k where ``by_scale``."""
+    strides = [tuple([t.stride(0) for t in group]) for group in (dys, outs)]
+    ns = tuple([dy.shape[1] for dy in dys])
+    passing, adding = _dora_grads(dys[0].shape[0], ns, *strides, by_scale, norms.device, dys[0].dtype)
+    dzs = [torch.empty_like(dy) for dy in dys]
+    parts, dm = norms.new_empty((passing.grid[1], sum(ns))), torch.empty_like(norms)
+    passing(*three(dys), *three(outs), scales, *three(dzs), parts)
+    adding(parts, norms, scales, dm)
+    return dzs, dm

@@ -149,36 +149,28 @@ def _backward(
     like, shape, x = many_a[0], x.shape, rows_of(x)
     layout, ns = Layout.of(x, like, len(weights)), [w.shape[0] for w in weights]
     dys = [rows_of(dy).contiguous() for dy in dys]
+    dzs, dm = dys, []
+    if scales is not None:
+        dzs, of_all = adding_up.dora_grads(dys, [rows_of(out) for out in outs], norms, scales, x.dtype != torch.float16)
+        dm = [of_all]
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
     sums, adding, plan, work = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None, None
     if need_adapters:
         plan = one_pass(dys, layout, many_b, scalings, scales is not None, x.shape[1])
-    dzs, scaling = dys, None
-    if scales is not None:
-        outs, by_scale = [rows_of(out) for out in outs], x.dtype != torch.float16
-        scaling = adding_up.Scaling.of(dys, outs, norms, by_scale, plan is not None)
-        dzs = scaling.dzs
-    waits = scaling is not None and plan is not None
-    if need_adapters:
-        overlaps = need_x and lets_begin(dzs, weights, layout, dropout, plan, waits)
+        overlaps = need_x and lets_begin(dzs, weights, layout, dropout, plan)
         adding = adding_up.Adding.of(x, ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype, plan)
     # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
     if plan:
         work = adding.work
         a = skinny.make_a(dys, many_a, many_b, layout, adding.counters)
         du = du_and_db(plan, dys, t, many_b, scales, layout, sums.db, work, adding.of_pass)
-    if scaling:
-        scaling.run(dys, outs, scales)
-    if not plan:
+    else:
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.counters)
-    dx = x.new_empty(0)
-    if need_x:
-        dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape, plan, work, waits)
+    dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape, plan, work) if need_x else x.new_empty(0)
     if adding:
         own = [] if plan else dys
         adding_up.adapter_gradients(adding, sums, own, x, t, du, layout, scalings, scales, seeds)
-    dm = [scaling.dm(norms, scales)] if scaling else []
     return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dm]
 
 

@@ -74,7 +74,12 @@ if DEVICE == "cuda":  # large enough for every kernel that is shipped, and not f
         ("real, rank 100", (4096,), 100, HALF, HALF, False),
         ("real, rank 32 in bf16", (4096, 1024, 1024), 32, HALF, HALF, False),
         ("real, rank 8", (4096, 1024), 8, HALF, torch.float32, False),
+        ("real, rank 64 of three in bf16", (4096, 1024, 1032), 64, HALF, HALF, False),
+        ("real, rank 5", (4096, 1032), 5, HALF, HALF, False),
+        ("real, rank 40", (4096,), 40, HALF, torch.float32, False),
+        ("real, rank 200", (9216,), 200, HALF, HALF, False),
         ("real DoRA", (4096, 4096), 16, HALF, torch.float32, True),
+        ("real DoRA of three in bf16", (4096, 1024, 1024), 16, HALF, HALF, True),
     ]
 else:
     BIG = []
@@ -96,6 +101,49 @@ def test_error_is_at_most_eagers(setting):
         factor = 4 / 3 if dora and dtype == torch.float32 else 1.0
         bound = factor * allowed_error(relative_error(e, t), dtype, t.numel()) + precise
         assert relative_error(a, t) <= bound, (i, tuple(a.shape), relative_error(a, t), relative_error(e, t))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="kernels that run beside each other need a GPU")
+@pytest.mark.parametrize(
+    ("rank", "adapters", "dora"), [(16, HALF, False), (64, HALF, False), (16, torch.float32, True)]
+)
+def test_bits_are_the_same_alone_on_two_streams_and_in_a_graph(rank, adapters, dora, monkeypatch):
+    """The passes hand tiles to a product that already runs: whoever comes first, the sums are those of one order."""
+    # a fill between two launches would part them
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    _, layers = layers_of(3072, (4096, 1024, 1024), rank, HALF, adapters, dora)
+    x = torch.randn(3001, 3072, device=DEVICE).to(HALF).requires_grad_()
+    frozen = [dataclasses.replace(p, weight=p.weight.detach()) for p in layers]
+    leaves = [x, *(t for p in frozen for t in (p.A, p.B, p.magnitude) if t is not None)]
+    dys = [torch.randn(3001, p.weight.shape[0], device=DEVICE).to(HALF) for p in frozen]
+
+    def call():
+        ys = lora_linears(x, frozen)
+        return [*ys, *torch.autograd.grad(ys, leaves, dys)]
+
+    expected, found = call(), []
+    ys = plain(x, frozen)
+    for a, e in zip(expected, [*ys, *torch.autograd.grad(ys, leaves, dys)]):
+        # three roundings of bf16; rows that were not there in time would be of order 1
+        assert relative_error(a, e) < 1e-2
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(3):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(call())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(2):
+        for t in captured:
+            t.detach().fill_(torch.nan)
+        graph.replay()
+        found.append([t.detach().clone() for t in captured])
+    for others in found:
+        for a, b in zip(others, expected):
+            assert torch.equal(a, b)
 
 
 def test_fp32_adapters_keep_their_precision():
