@@ -1,0 +1,57 @@
+"""How many programs stream beside a product: the model, on any machine whose Triton has Gluon for Hopper."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from m3kernels.ops import _beside as beside  # noqa: E402
+from m3kernels.ops import _lora_dy_hopper as dy_pass  # noqa: E402
+from m3kernels.ops._lora_launch import Layout  # noqa: E402
+
+SMS = 132
+
+
+def simulated(busy, programs, tiles, tile):
+    """The counter's own order: each multiprocessor takes the next tile when it is free."""
+    free = [busy] * programs + [0.0] * (SMS - programs)
+    for _ in range(tiles):
+        first = min(range(SMS), key=free.__getitem__)
+        free[first] += tile
+    return max(free)
+
+
+@pytest.mark.parametrize("tiles", [132, 384, 512, 768, 1001])
+@pytest.mark.parametrize(("busy", "programs"), [(10.0, 4), (33.0, 12), (50.0, 16), (95.0, 7), (400.0, 3)])
+def test_the_end_is_that_of_a_counter(tiles, busy, programs):
+    assert beside.finished(busy, programs, tiles, 33.0, SMS) == pytest.approx(simulated(busy, programs, tiles, 33.0))
+
+
+def test_rows_that_come_late_cost_what_the_product_waits():
+    # 16 tiles of rows are taken at once; the first are wanted when the first tile ends
+    end = lambda tiles: 10.0 * tiles
+    assert beside.lateness(16, 8, 33.0, 128, end) == 160.0 - 33.0
+    # the second sixteen, after 16 x 8 tiles: in the second wave
+    assert beside.lateness(32, 8, 33.0, 128, lambda tiles: 2.0 * tiles) == 0.0
+    assert beside.lateness(32, 8, 33.0, 128, lambda tiles: 0.0 if tiles <= 16 else 100.0) == 100.0 - 66.0
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 4096, 8192, 100_000])
+@pytest.mark.parametrize(
+    ("ns", "width"), [((3072,), 4096), ((4096, 1024, 1024), 3072), ((14336, 14336), 4096), ((8,), 64)]
+)
+def test_programs_never_fill_the_gpu(tokens, ns, width):
+    """All of a pass must be there at once, whatever another stream runs: at most half of the multiprocessors."""
+    units = -(-tokens // 128)
+    programs = beside.streams(units, 256 * width, beside.ONE, sum(-(-n // 256) for n in ns), width, SMS)
+    assert 1 <= programs <= min(units, SMS // 2)
+    for rank, dtype in ((16, torch.bfloat16), (64, torch.bfloat16), (16, torch.float32)):
+        layout = Layout.of(torch.empty(1, 8, dtype=torch.bfloat16), torch.empty(rank, 8, dtype=dtype), len(ns))
+        form = dy_pass.best(layout, tokens, ns, width, SMS)
+        assert form is not None and sum(form.programs(ns)) <= SMS // 2
+
+
+def test_a_pass_that_needs_more_programs_is_not_taken():
+    layout = Layout.of(torch.empty(1, 8, dtype=torch.bfloat16), torch.empty(64, 8, dtype=torch.bfloat16), 1)
+    assert dy_pass.best(layout, 4096, (40_000,), 4096, SMS) is None
+    assert dy_pass.best(layout, 4096, (32_768,), 4096, SMS) is not None
