@@ -509,6 +509,14 @@ def test_adapter_passes(rank, split, count):
         assert "cp.async" in report["ptx"]
 
 
+def test_gradient_of_a_for_the_largest_rank():
+    kernel, layout = adapter_kernels.lora_outer_kernel, adapter_layout(adapters.MOST_OF_DA, False, 3)
+    config, form = adapters.outer_form(layout, False, 0.0, torch.bfloat16, adapters.MOST_OF_DA)
+    constexprs = form | {"WITH_Y": False, "OVERLAP": True}
+    types = adapter_types(kernel, constexprs, p_slabs="*fp32", p_scale="*fp32")
+    check(kernel, compile_sm90(kernel, config.warps, constexprs, types, config.stages), 3 * layout.rank)
+
+
 @pytest.mark.parametrize("rank", [16, adapters.MOST_AT_ONCE])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adapter_passes_with_dropout(rank, dtype):
@@ -532,8 +540,9 @@ def test_adapter_parts(split, scaled):
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 0)
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize(("rank", "split"), [(16, False), (16, True), (32, False)])
+@pytest.mark.parametrize(("rank", "split", "at_once"), [
+    (16, False, True), (16, False, False), (16, True, True), (32, False, False),
+])  # fmt: skip
 def test_dora_squares(rank, split, at_once):
     """W's own loads run ahead where one tile of A and B is all."""
     kernel = dora.dora_squares_kernel
@@ -624,9 +633,10 @@ def check_gluon(kernel, constexprs: dict, types: dict, registers: int = 168, spi
 
 
 @needs_its_gluon
-@pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize(("across", "scaled"), [(False, False), (False, True), (True, False)])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("across", "scaled", "count", "beside"), [
+    (False, False, 1, False), (False, True, 2, False), (True, False, 3, False),
+    (False, False, 1, True), (False, True, 3, True), (True, False, 2, True), (True, False, 3, True),
+])  # fmt: skip
 def test_linear_hopper(across, scaled, count, beside):
     module = importlib.import_module("m3kernels.ops._linear_hopper")
     kernel, left = module.linear_low_rank_kernel, described(64, 64, module.A_TILE)
@@ -644,8 +654,7 @@ def test_linear_hopper(across, scaled, count, beside):
 
 @needs_its_gluon
 @pytest.mark.parametrize(("rank", "split", "blocks"), [
-    (16, False, 4), (16, False, 16), (16, True, 12), (16, True, 16),
-    (32, False, 8), (32, True, 8), (64, False, 2), (64, False, 4),
+    (16, False, 16), (16, True, 12), (32, True, 8), (64, False, 4),
 ])  # fmt: skip
 def test_lora_dy_hopper(rank, split, blocks):
     module = importlib.import_module("m3kernels.ops._lora_dy_hopper")
@@ -664,7 +673,7 @@ def test_lora_dy_hopper(rank, split, blocks):
 
 @needs_its_gluon
 @pytest.mark.parametrize(("rank", "count", "split", "spills"), [
-    (16, 1, False, 0), (16, 3, True, 0), (64, 3, False, 0), (64, 2, True, 200), (128, 1, False, 0),
+    (16, 1, False, 0), (16, 3, True, 0), (64, 3, False, 0), (64, 2, True, 200),
 ])  # fmt: skip
 def test_lora_x_hopper(rank, count, split, spills):
     """Spills are where a tile is stored, once for thousands of products."""
