@@ -301,7 +301,7 @@ def test_two_ranks_say_what_one_says(picture, tmp_path):
     ]
     command += ["--max_new_tokens", "5", "--output", str(output), "--prompt", "Hello"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     answer = tiny_checkpoints.expected(tiny_checkpoints.chat().prompt("Hello", [picture]), 5)
     assert done.stdout == f"Prompt: Hello\nImage: {picture}\nCompletion: {answer}\n"
