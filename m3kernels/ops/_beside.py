@@ -18,6 +18,8 @@ from m3kernels.ops._common import cdiv
 
 READY = gl.constexpr(1)
 TOLD = gl.constexpr(2)  # tiles that the loader may be ahead
+BLOCK_M = gl.constexpr(128)  # rows of a tile
+TOGETHER = gl.constexpr(16)  # tiles of rows side by side, which share what they read of b in the cache
 
 
 @gluon.jit
@@ -91,15 +93,13 @@ def took(queue, taken):
 
 def work_size(rows: int) -> int:
     """Numbers of ``p_work``."""
-    return READY.value + cdiv(rows, 128)
+    return READY.value + cdiv(rows, BLOCK_M.value)
 
 
 # of one multiprocessor and of all, bytes a microsecond; measured: docs/adapters.md
 ONE, ALL = 90e3, 2.4e6
 # microseconds of a product's tile for each column of its left operand
 TILE = 0.0108
-# rows of tiles that the product takes side by side
-TOGETHER = 16
 # what a pass may be slower than its model before the product waits for it
 MARGIN = 1.1
 
@@ -118,8 +118,8 @@ def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> f
 
 def lateness(units: int, n_tiles: int, tile: float, others: int, end: Callable[[int], float]) -> float:
     """How long the product would wait for the rows that it takes side by side; ``end``: of the first so many tiles of rows."""
-    groups = range(0, units, TOGETHER)
-    return max(0.0, *(end(min(units, m + TOGETHER)) - (m * n_tiles // others + 1) * tile for m in groups))
+    groups = range(0, units, TOGETHER.value)
+    return max(0.0, *(end(min(units, m + TOGETHER.value)) - (m * n_tiles // others + 1) * tile for m in groups))
 
 
 def streams(units: int, unit_bytes: int, rate: float, n_tiles: int, width: int, sms: int) -> int:

@@ -28,18 +28,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import READY, await_rows, new_queue, next_tile, told, took
+from m3kernels.ops._beside import BLOCK_M, READY, TOGETHER, await_rows, new_queue, next_tile, told, took
 from m3kernels.ops._common import cdiv, sm_count
 from m3kernels.ops._lora_launch import MOST, Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
 
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute
 ROWS = gl.constexpr(64)  # rows of one
-BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 STAGES = gl.constexpr(3)  # 144 KB, and 64 KB that results leave from
-TOGETHER = gl.constexpr(16)  # tiles of rows side by side, which share what they read of b in the cache
 
 A_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
 B_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([256, 64], gl.bfloat16))

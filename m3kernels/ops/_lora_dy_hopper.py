@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import READY, TILE, await_count, finished, lateness, rows_written, work_size
+from m3kernels.ops._beside import BLOCK_M, READY, TILE, await_count, finished, lateness, rows_written, work_size
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
-from m3kernels.ops._linear_hopper import BLOCK_M, BLOCK_N, Matrix
+from m3kernels.ops._linear_hopper import BLOCK_N, Matrix
 from m3kernels.ops._lora_launch import Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
 
@@ -99,7 +99,7 @@ def _fill_b(p_b, p_scale, s_hi, s_lo, col, n_cols, rank, RANK: gl.constexpr, PAR
 
 
 @gluon.jit
-def _stream(bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, rows, ns, rank, scalings,
+def _stream(bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, ns, rank, scalings,
             own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr,
             STAGES: gl.constexpr):  # fmt: skip
     """du and dB of every second block of columns, from ``own`` on."""
@@ -271,9 +271,9 @@ def lora_dy_kernel(
     odd: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, rows, ns, rank, scalings,
+            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, ns, rank, scalings,
                        even, RANK, BLOCKS, PARTS, SCALED, STAGES)),
-            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, rows, ns, rank, scalings,
+            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, ns, rank, scalings,
                        odd, RANK, BLOCKS, PARTS, SCALED, STAGES)),
             (_sum, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (programs1, programs2, programs3), count, row_tiles, rows,
                     rank, padded, du_stride, scalings, RANK, PARTS)),
@@ -289,7 +289,7 @@ class Pass(NamedTuple):
     """The launch and its sizes.
 
     ``parts``: numbers of du in the making; ``arrivals``, ``work``: counters, its own and those that the product has too;
-    ``makers``: of a tile of rows of du; ``done``: of all tiles.
+    ``makers``: of a tile of rows of du; ``tiles`` of rows.
     """
 
     run: Prepared
@@ -297,7 +297,7 @@ class Pass(NamedTuple):
     arrivals: int
     work: int
     makers: int
-    done: int
+    tiles: int
 
 
 class Form(NamedTuple):
@@ -388,14 +388,13 @@ def prepared(
         | {"T_TILE": t_tile, "B_TILE": b_tile, "num_warps": 4, "maxnreg": 128, "launch_pdl": True},
         (*last(ys), *last(his), *last(los), *[None] * 9),
     )
-    makers = 2 * layout.count
     return Pass(
         run,
         total * row_tiles * ROWS.value * form.rank,
         layout.count * row_tiles // 2,
         work_size(rows),
-        makers,
-        makers * row_tiles // 2,
+        2 * layout.count,
+        row_tiles // 2,
     )
 
 

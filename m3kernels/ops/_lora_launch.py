@@ -212,8 +212,8 @@ def _run_shrink(
 
 @lru_cache(KEPT)
 def _parts(
-    layout: Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], high: int, parts: bool, shares: int,
-    works: int, device, *_,
+    layout: Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], parts: bool, shares: int, works: int,
+    device, *_,
 ) -> Prepared:  # fmt: skip
     """``parts``: those of A and B are wanted; ``shares``: of DoRA's squares, 0 without them."""
     length, rank = layout.rank * width, layout.rank
@@ -225,28 +225,40 @@ def _parts(
         lora_parts_kernel,
         device,
         (a_programs + b_programs + n_programs,),
-        (*fill(scalings, 0.0), *fill(ns, 0), width, rank, layout.padded, high, a_programs, b_programs, shares, works),
+        (
+            *fill(scalings, 0.0),
+            *fill(ns, 0),
+            width,
+            rank,
+            layout.padded,
+            layout.count * rank,
+            a_programs,
+            b_programs,
+            shares,
+            works,
+        ),
         {"SPLIT": layout.split, "SCALED": shares > 0, "OVERLAP": parts and overlap_meta(device)["OVERLAP"]},
     )
 
 
 def make_parts(
     x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
-    squares: Tensor | None, layout: Layout, a_rows: int, high: int, work: Tensor | None = None,
+    squares: Tensor | None, layout: Layout, parts: bool, work: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(A of all as rows hi and, from ``high`` on, lo (a_rows, K); s B of all as :func:`make_t`; DoRA's norms and scales).
+    """(A of all as rows hi and, below all of those, lo; s B of all as :func:`make_t`; DoRA's norms and scales).
 
-    Without ``a_rows`` no parts, without ``squares`` no norms. ``work``: set to zero.
+    Without ``parts`` none of these, without ``squares`` no norms. ``work``: set to zero.
     """
-    ns, width, parts = tuple([b.shape[0] for b in many_b]), many_a[0].shape[1], a_rows > 0
+    ns, width = tuple([b.shape[0] for b in many_b]), many_a[0].shape[1]
     many_a, many_b, magnitudes = ([t.contiguous() for t in group] for group in (many_a, many_b, magnitudes or many_b))
+    a_rows = layout.count * layout.rank * (2 if layout.split else 1) if parts else 0
     a, low = x.new_empty((a_rows, width)), layout.buffer(x, sum(ns) if parts else 0, layout.padded)
     norms = scales = None
     if squares is not None:
         norms = squares.new_empty(sum(ns))
         scales = torch.empty_like(norms)
     run = _parts(
-        layout, ns, width, tuple(scalings), high, parts, 0 if squares is None else squares.shape[0],
+        layout, ns, width, tuple(scalings), parts, 0 if squares is None else squares.shape[0],
         0 if work is None else work.numel(), x.device, x.dtype, many_a[0].dtype, magnitudes[0].dtype,
     )  # fmt: skip
     unused = many_b[0]

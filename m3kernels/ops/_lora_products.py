@@ -55,23 +55,11 @@ def t_and_low(
             run = _lora_x_hopper.prepared(layout, *x.shape, x.stride(0), tuple(ns), x.dtype, x.device)
         if run is not None:
             work = x.new_empty(_beside.work_size(x.shape[0]), dtype=torch.int32)
-            columns = layout.count * layout.rank
-            a, low, *norms = skinny.make_parts(
-                x,
-                many_a,
-                many_b,
-                scalings,
-                magnitudes,
-                squares,
-                layout,
-                columns * (2 if layout.split else 1),
-                columns,
-                work,
-            )
+            a, low, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, True, work)
             return Begun(_lora_x_hopper.t_of(run, x, a, work, layout), low, *norms, work)
     norms = [None, None]
     if squares is not None:
-        _, _, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, 0, 0)
+        _, _, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, False)
     return Begun(*skinny.make_t(x, many_a, many_b, scalings, layout, dropout, seeds), *norms)
 
 

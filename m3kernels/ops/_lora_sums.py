@@ -41,7 +41,7 @@ class Summing(NamedTuple):
 @lru_cache(KEPT)
 def _outer(
     layout: Layout, rows: int, ns: tuple[int, ...], width: int, x_stride: int, scalings: tuple[float, ...],
-    scaled: bool, dropout: float, overlaps: bool, done: int, device, dtype, *_,
+    scaled: bool, dropout: float, overlaps: bool, makers: int, tiles: int, device, dtype, *_,
 ) -> Summing:  # fmt: skip
     rank, count, padded = layout.rank, layout.count, layout.padded
     config, form = outer_form(layout, scaled, dropout, dtype, MOST_AT_ONCE if ns else MOST_OF_DA)
@@ -72,7 +72,7 @@ def _outer(
             rows * padded,
             count * padded,
         )
-        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares, done, cdiv(rows, 128)),
+        + (padded, rank, *fill(scalings, 0.0), dropout, y_blocks, shares, makers * tiles, tiles),
         form
         | {"WITH_Y": bool(ns), "OVERLAP": overlaps}
         | options_of(config)
@@ -126,7 +126,7 @@ class Adding(NamedTuple):
             ns = () if plan else tuple(ns)
             run, slabs, arrivals = _outer(
                 layout, x.shape[0], ns, x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps,
-                plan.done if plan and overlaps else 0, x.device, x.dtype, dtype,
+                *((plan.makers, plan.tiles) if plan and overlaps else (0, 0)), x.device, x.dtype, dtype,
             )  # fmt: skip
         elif not plan:
             return cls(None, x, None, None, None, None)

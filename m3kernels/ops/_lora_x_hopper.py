@@ -16,16 +16,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import ONE, READY, rows_written, streams
+from m3kernels.ops._beside import BLOCK_M, ONE, READY, rows_written, streams
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
-from m3kernels.ops._linear_hopper import BLOCK_M, BLOCK_N, CONSUMERS, ROWS, Matrix
+from m3kernels.ops._linear_hopper import BLOCK_N, CONSUMERS, ROWS, Matrix
 from m3kernels.ops._lora_launch import Layout
 from m3kernels.ops._prepared import KEPT, Prepared
 
 LOADED = 200 * 1024  # bytes of tiles
 MOST_STAGES = 10
 MOST_COLUMNS = 256  # of t
-TOGETHER = 128  # of several layers; of more, each reads x from the cache again
+AT_ONCE = 128  # of all layers in one pass; of more, each layer reads x from the cache again
 NARROW = 32  # rows of A up to which fewer, larger tiles are faster
 
 
@@ -127,16 +127,14 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, layout: Layout) -> "Form | None":
         """None: more columns of t than this kernel makes."""
-        together = layout.count * layout.rank <= TOGETHER
+        together = layout.count * layout.rank <= AT_ONCE
         columns = layout.count * layout.rank if together else layout.rank
         tile, parts = max(16, next_power_of_2(columns)), 2 if layout.split else 1
         k = 128 if tile * parts <= NARROW else 64
         stages = min(MOST_STAGES, LOADED // (2 * k * (BLOCK_M.value + tile * parts)))
-        return (
-            cls(1 if together else layout.count, columns, tile, k, stages)
-            if tile <= MOST_COLUMNS and stages > 1
-            else None
-        )
+        if tile > MOST_COLUMNS or stages < 2:
+            return None
+        return cls(1 if together else layout.count, columns, tile, k, stages)
 
     def layouts(self) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
         """Of tiles of x and of A."""

@@ -38,7 +38,7 @@ def _norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     layout = skinny.Layout.of(weight, A, 1)
     ones = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
     squares = squares_of([weight], [A], [B], [scaling], layout)
-    return skinny.make_parts(weight, [A], [B], [scaling], [ones], squares, layout, 0, 0)[2]
+    return skinny.make_parts(weight, [A], [B], [scaling], [ones], squares, layout, False)[2]
 
 
 torch.library.custom_op("m3kernels::dora_norm", _norm, mutates_args=()).register_fake(
