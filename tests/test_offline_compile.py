@@ -637,12 +637,13 @@ def test_linear_hopper(across, scaled, count, beside):
     module = importlib.import_module("m3kernels.ops._linear_hopper")
     kernel, left = module.linear_low_rank_kernel, described(64, 64, module.A_TILE)
     right = described(64, 256, module.B_TILE_ACROSS) if across else described(256, 64, module.B_TILE)
-    types = dict.fromkeys(kernel.arg_names, "i32") | {"p_scale": "*fp32", "p_work": "*i32"}
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"p_scale": "*fp32", "p_shares": "*fp32", "p_work": "*i32"}
     types |= {n: left for n in types if n.startswith(("d_a", "d_t"))}
     types |= {n: right for n in types if n.startswith(("d_b", "d_low"))}
     types |= {n: described(64, 256, module.B_TILE_ACROSS) for n in types if n.startswith("d_out")}
     constexprs = {"ACROSS": across, "COUNT": count, "SCALED": scaled, "OVERLAP": True, "BESIDE": beside}
-    ptx = check_gluon(kernel, constexprs, types)
+    # a few of the loops' own numbers, while a tile's pieces are added up
+    ptx = check_gluon(kernel, constexprs, types, spills=32 if beside else 0)
     assert "griddepcontrol.wait" in ptx
     # what another kernel stores while this one runs is ordered before the copy engine reads it
     assert ("acquire" in ptx and "fence.proxy.async.global" in ptx) == beside

@@ -4,11 +4,15 @@ A pass over a large operand waits for memory, the product for its tensor cores. 
 what the memory gives: a dozen of them make t = x A^T while the others multiply, and multiply after that. The product takes its
 tiles from a counter, whenever a multiprocessor comes free, and waits for the rows of t that a tile adds at its end.
 
-``p_work``: int32, set to zero by a kernel before both: the next tile, then for every tile of rows how many of its makers
-have written theirs.
+Whole tiles seldom come out even: the last of them are cut into pieces of their sums, so that all multiprocessors end
+together. Each piece leaves its share in fp32; whichever comes last adds the shares up, in the order of the pieces.
+
+``p_work``: int32, set to zero by a kernel before both: the next unit (a tile or a piece), then for every tile of rows how many
+of its makers have written theirs, then for each warpgroup of every tile in pieces how many it has.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -64,6 +68,15 @@ def new_queue():
 
 
 @gluon.jit
+def unit_of(index, whole, pieces, steps):
+    """(tile, its piece, the piece's first step of ``steps``, the one after its last); a whole tile is one piece."""
+    beyond = gl.maximum(index - whole, 0)
+    many = gl.where(index < whole, 1, pieces)
+    piece = beyond % many
+    return gl.minimum(index, whole) + beyond // many, piece, piece * steps // many, (piece + 1) * steps // many
+
+
+@gluon.jit
 def next_tile(p_work):
     return gl.atomic_add(p_work, 1, sem="relaxed", scope="gpu")
 
@@ -91,9 +104,20 @@ def took(queue, taken):
     return index
 
 
-def work_size(rows: int) -> int:
-    """Numbers of ``p_work``."""
-    return READY.value + cdiv(rows, BLOCK_M.value)
+class Cut(NamedTuple):
+    """A product beside a pass: ``whole`` tiles, then ``cut`` ones in ``pieces`` each; ``makers`` of a tile of rows."""
+
+    makers: int
+    whole: int
+    cut: int
+    pieces: int
+
+    def units(self) -> int:
+        return self.whole + self.cut * self.pieces
+
+    def work(self, rows: int) -> int:
+        """Numbers of ``p_work``."""
+        return READY.value + cdiv(rows, BLOCK_M.value) + 2 * self.cut
 
 
 # of one multiprocessor and of all, bytes a microsecond; measured: docs/adapters.md
@@ -102,10 +126,14 @@ ONE, ALL = 90e3, 2.4e6
 TILE = 0.0108
 # what a pass may be slower than its model before the product waits for it
 MARGIN = 1.1
+# into how many pieces a tile may be cut; microseconds that each takes longer, and that adding one up takes; measured, too
+PIECES, HANDED, JOINED = (2, 4), 6.0, 4.0
+# what a cut must gain: less is within what the model does not know
+LEAST = 15.0
 
 
 def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> float:
-    """When a product of ``tiles`` ends if ``programs`` multiprocessors come to it at ``busy`` and the others at once."""
+    """When a product of whole ``tiles`` ends if ``programs`` multiprocessors come to it at ``busy`` and the others at once."""
     others, wave = sms - programs, cdiv(tiles, sms)
     while True:
         # moments at which a tile may end, in order
@@ -114,6 +142,37 @@ def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> f
             if moment >= busy and others * int(moment / tile + 1e-6) + programs * late >= tiles:
                 return moment
         wave += 1
+
+
+def finished_in_pieces(busy: float, programs: int, tiles: int, tile: float, sms: int, pieces: int) -> tuple[float, int]:
+    """(When :func:`finished` if the last tiles are cut into ``pieces``, how many are not cut)."""
+    piece = tile / pieces + HANDED
+
+    def done(moment: float) -> tuple[int, int]:
+        whole = parts = 0
+        for many, there in ((sms - programs, moment), (programs, max(0.0, moment - busy))):
+            each = int(there / tile + 1e-6)
+            whole += many * each
+            parts += many * int((there - each * tile) / piece + 1e-6)
+        return whole, parts
+
+    early, late = busy, finished(busy, programs, tiles, tile, sms)
+    while late - early > 0.1:
+        moment = (early + late) / 2
+        whole, parts = done(moment)
+        early, late = (early, moment) if whole + parts // pieces >= tiles else (moment, late)
+    return late + JOINED * pieces, min(tiles, done(late)[0])
+
+
+def best_cut(busy: float, programs: int, tiles: int, tile: float, sms: int, makers: int) -> tuple[float, Cut]:
+    """When the product ends if it is cut as is best, and that cut."""
+    uncut = finished(busy, programs, tiles, tile, sms)
+    found = uncut, Cut(makers, tiles, 0, 1)
+    for pieces in PIECES:
+        end, whole = finished_in_pieces(busy, programs, tiles, tile, sms, pieces)
+        if end < min(found[0], uncut - LEAST):
+            found = end, Cut(makers, whole, tiles - whole, pieces)
+    return found
 
 
 def lateness(units: int, n_tiles: int, tile: float, others: int, end: Callable[[int], float]) -> float:
@@ -125,7 +184,7 @@ def lateness(units: int, n_tiles: int, tile: float, others: int, end: Callable[[
 def streams(units: int, unit_bytes: int, rate: float, n_tiles: int, width: int, sms: int) -> int:
     """How many programs share ``units`` (tiles of rows), beside a product of ``n_tiles`` for each of those, ``width`` long.
 
-    ``rate``: bytes a microsecond of one program.
+    ``rate``: bytes a microsecond of one program. Cutting that product's tiles gains nothing: they are short.
     """
     tile = TILE * width
 

@@ -8,7 +8,8 @@ pass over the result. Its factors may still be in the making when the product be
 where y is written.
 
 One warp loads by the copy engine; two warpgroups multiply 64 x 256 each. Programs stay and take tile after tile; the next
-tile's operands load while a tile is written.
+tile's operands load while a tile is written. Beside a pass, tiles come from a counter, the last ones in pieces
+(:mod:`m3kernels.ops._beside`).
 """
 
 from functools import lru_cache
@@ -28,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import BLOCK_M, READY, TOGETHER, await_rows, new_queue, next_tile, told, took
+from m3kernels.ops._beside import BLOCK_M, READY, TOGETHER, Cut, await_rows, new_queue, next_tile, told, took, unit_of
 from m3kernels.ops._common import cdiv, sm_count
 from m3kernels.ops._lora_launch import MOST, Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
@@ -38,6 +39,9 @@ ROWS = gl.constexpr(64)  # rows of one
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 STAGES = gl.constexpr(3)  # 144 KB, and 64 KB that results leave from
+SHARE = 128 * 256  # numbers of a tile's sum
+PANEL = gl.constexpr(64)  # columns that are joined at once, of so many shares
+AT_ONCE = gl.constexpr(4)
 
 A_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
 B_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([256, 64], gl.bfloat16))
@@ -61,6 +65,15 @@ def _part_of(n, second, third):
 
 
 @gluon.jit
+def _steps_of(k_tiles, low_tiles, ACROSS: gl.constexpr, COUNT: gl.constexpr):
+    """Steps of a tile's sum, the low-rank ones last."""
+    steps = low_tiles
+    for j in gl.static_range(COUNT if ACROSS else 1):
+        steps += k_tiles[j]
+    return steps
+
+
+@gluon.jit
 def _load(d_left, d_right, memory, count, row, left_k, right, right_k, ACROSS: gl.constexpr):
     s_a, s_b, full, empty = memory
     slot = count % STAGES
@@ -77,61 +90,109 @@ def _load(d_left, d_right, memory, count, row, left_k, right, right_k, ACROSS: g
 
 
 @gluon.jit
-def _load_all(d_left, d_right, memory, count, row, col, k_tiles, ACROSS: gl.constexpr):
-    for i in range(0, k_tiles):
-        _load(d_left, d_right, memory, count + i, row, i * BLOCK_K, col, i * BLOCK_K, ACROSS)
-    return count + k_tiles
+def _load_all(d_left, d_right, memory, count, row, col, begin, end, ACROSS: gl.constexpr):
+    for i in range(begin, end):
+        _load(d_left, d_right, memory, count + (i - begin), row, i * BLOCK_K, col, i * BLOCK_K, ACROSS)
+    return count + gl.maximum(end - begin, 0)
 
 
 @gluon.jit
-def _produce(left, right, d_t, d_low, p_work, memory, queue, order, k_tiles, rows, low_tiles, second, third, starts, ready,
+def _produce(left, right, d_t, d_low, p_work, memory, queue, order, cut, k_tiles, rows, low_tiles, second, third, starts, ready,
              ACROSS: gl.constexpr, COUNT: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr):  # fmt: skip
     m_tiles, n_tiles = order
-    total = m_tiles * n_tiles
+    whole, pieces, units = cut
     count, taken = 0, 0
     index = next_tile(p_work) if BESIDE else gl.program_id(0)
-    while index < total:
+    while index < units:
         if BESIDE:
             told(index, queue, taken)
-        m, n = _tile(index, m_tiles, n_tiles)
+        steps = _steps_of(k_tiles, low_tiles, ACROSS, COUNT)
+        tile, _, begin, end = unit_of(index, whole, pieces, steps)
+        m, n = _tile(tile, m_tiles, n_tiles)
         row = m * BLOCK_M
         if ACROSS:
             col, t_row, low_row = n * BLOCK_N, row, n * BLOCK_N
+            before = 0
             for j in gl.static_range(COUNT):
-                count = _load_all(left[j], right[j], memory, count, row, col, k_tiles[j], ACROSS)
+                first, last = gl.maximum(begin - before, 0), gl.minimum(end - before, k_tiles[j])
+                count = _load_all(left[j], right[j], memory, count, row, col, first, last, ACROSS)
+                before += k_tiles[j]
         else:
             which, first = _part_of(n, second, third)
             col = (n - first) * BLOCK_N
             t_row = which * rows + row
             low_row = col + gl.where(which == 0, 0, gl.where(which == 1, starts[0], starts[1]))
+            last = gl.minimum(end, k_tiles[0])
             if COUNT == 1 or which == 0:
-                count = _load_all(left[0], right[0], memory, count, row, col, k_tiles[0], ACROSS)
+                count = _load_all(left[0], right[0], memory, count, row, col, begin, last, ACROSS)
             elif COUNT == 2 or which == 1:
-                count = _load_all(left[0], right[1], memory, count, row, col, k_tiles[0], ACROSS)
+                count = _load_all(left[0], right[1], memory, count, row, col, begin, last, ACROSS)
             else:
-                count = _load_all(left[0], right[2], memory, count, row, col, k_tiles[0], ACROSS)
+                count = _load_all(left[0], right[2], memory, count, row, col, begin, last, ACROSS)
         # the low-rank factors come from the kernel before this one, which still runs during the first tile
         if BESIDE:
-            await_rows(p_work + READY + m, ready)
+            if end > steps - low_tiles:
+                await_rows(p_work + READY + m, ready)
             gdc_launch_dependents()
         elif OVERLAP:
             gdc_wait()
             gdc_launch_dependents()
-        for i in range(0, low_tiles):
-            _load(d_t, d_low, memory, count + i, t_row, i * BLOCK_K, low_row, i * BLOCK_K, ACROSS)
-        count += low_tiles
+        first, last = gl.maximum(begin - (steps - low_tiles), 0), end - (steps - low_tiles)
+        count = _load_all(d_t, d_low, memory, count, t_row, low_row, first, last, ACROSS)
         taken += 1
         index = next_tile(p_work) if BESIDE else index + gl.num_programs(0)
     if BESIDE:
-        told(total, queue, taken)
+        told(units, queue, taken)
         # what follows this kernel may count on the end of the one before it
         gdc_wait()
 
 
 @gluon.jit
-def _store(d_out, s_out, acc, row, col):
-    tma.store_wait(0)
-    s_out.store(acc.to(d_out.dtype))
+def _put(s_out, acc, p_scale, n_cols, SCALED: gl.constexpr):
+    """A tile, or a panel of it, to where it leaves from; times DoRA's scale of each column, of which there are ``n_cols``."""
+    if SCALED:
+        o_n = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+        acc *= gl.load(p_scale + o_n, mask=o_n < n_cols, other=0.0)[None, :]
+    s_out.store(acc.to(s_out.dtype))
+
+
+@gluon.jit
+def _share_offsets(COLS: gl.constexpr, layout: gl.constexpr):
+    """Where numbers of a share lie: 8 x 8 side by side, as a warp holds them, so that it reads and writes whole lines."""
+    o_m, o_n = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLS, gl.SliceLayout(0, layout))
+    o_rows = o_m // 16 * 64 + o_m // 8 % 2 * 256 + o_m % 8 * 8
+    return o_rows[:, None] + (o_n // 8 * 512 + o_n % 8)[None, :]
+
+
+@gluon.jit
+def _hand_over(acc, p_share, p_arrived, layout: gl.constexpr):
+    """Leaves a piece's share of a sum; how many were there before."""
+    gl.store(p_share + _share_offsets(BLOCK_N, layout), acc)
+    gl.thread_barrier()
+    arrived = gl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu")
+    gl.thread_barrier()
+    return arrived
+
+
+@gluon.jit
+def _join(s_out, p_shares, pieces, p_scale, n_cols, SCALED: gl.constexpr):
+    """The sum of all shares, in their order, to where it leaves from."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PANEL, 16])
+    o_share = _share_offsets(PANEL, layout)
+    for panel in gl.static_range(BLOCK_N // PANEL):
+        p_panel = p_shares + panel * (ROWS * PANEL)
+        total = gl.zeros([ROWS, PANEL], gl.float32, layout)
+        for first in range(0, pieces, AT_ONCE):
+            for k in gl.static_range(AT_ONCE):
+                p_share = p_panel + (first + k) * (CONSUMERS * ROWS * BLOCK_N)
+                there = (o_share >= 0) & (first + k < pieces)
+                total += gl.load(p_share + o_share, mask=there, other=0.0, cache_modifier=".cg")
+        s_panel = s_out.slice(panel * PANEL, PANEL, dim=1)
+        _put(s_panel, total, p_scale + panel * PANEL, n_cols - panel * PANEL, SCALED)
+
+
+@gluon.jit
+def _copy(d_out, s_out, row, col):
     fence_async_shared()
     tma.async_copy_shared_to_global(d_out, [row, col], s_out)
 
@@ -153,56 +214,72 @@ def _steps(acc, memory, count, n_tiles, which: gl.constexpr, ACROSS: gl.constexp
 
 
 @gluon.jit
-def _consume(outs, p_scale, ns, memory, queue, s_out, order, k_tiles, low_tiles, second, third, starts, which: gl.constexpr,
-             ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr,
+def _consume(outs, p_scale, p_work, p_shares, ns, memory, queue, s_out, order, cut, k_tiles, low_tiles, second, third, starts,
+             which: gl.constexpr, ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr,
              BESIDE: gl.constexpr):  # fmt: skip
     m_tiles, n_tiles = order
-    total = m_tiles * n_tiles
+    whole, pieces, units = cut
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     empty = memory[3]
     count, taken = 0, 0
     index = took(queue, taken) if BESIDE else gl.program_id(0)
-    while index < total:
-        m, n = _tile(index, m_tiles, n_tiles)
+    while index < units:
+        tile, piece, begin, end = unit_of(index, whole, pieces, _steps_of(k_tiles, low_tiles, ACROSS, COUNT))
+        m, n = _tile(tile, m_tiles, n_tiles)
         acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
-        steps = low_tiles
-        for j in gl.static_range(COUNT if ACROSS else 1):
-            steps += k_tiles[j]
-        acc = _steps(acc, memory, count, steps, which, ACROSS)
-        count += steps
+        acc = _steps(acc, memory, count, end - begin, which, ACROSS)
+        count += end - begin
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
         row = m * BLOCK_M + which * ROWS
-        if ACROSS:
-            _store(outs[0], s_out.index(which), acc, row, n * BLOCK_N)
-        else:
+        part, col = 0, n * BLOCK_N
+        p_columns, n_cols = p_scale, 0
+        if not ACROSS:
             part, first = _part_of(n, second, third)
             col = (n - first) * BLOCK_N
             if SCALED:
                 if OVERLAP and not BESIDE:
                     gdc_wait()
-                o_n = col + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-                before = gl.where(part == 0, 0, gl.where(part == 1, starts[0], starts[1]))
-                n_cols = gl.where(part == 0, ns[0], gl.where(part == 1, ns[1], ns[2]))
-                acc *= gl.load(p_scale + before + o_n, mask=o_n < n_cols, other=0.0)[None, :]
-            if COUNT == 1 or part == 0:
-                _store(outs[0], s_out.index(which), acc, row, col)
-            elif COUNT == 2 or part == 1:
-                _store(outs[1], s_out.index(which), acc, row, col)
+                p_columns = p_scale + gl.where(part == 0, 0, gl.where(part == 1, starts[0], starts[1])) + col
+                n_cols = gl.where(part == 0, ns[0], gl.where(part == 1, ns[1], ns[2])) - col
+        s_tile = s_out.index(which)
+        tma.store_wait(0)
+        complete = True
+        if BESIDE:
+            if index < whole:
+                _put(s_tile, acc, p_columns, n_cols, SCALED)
             else:
-                _store(outs[2], s_out.index(which), acc, row, col)
+                share = (index - whole - piece).to(gl.int64) * CONSUMERS + which
+                p_all = p_shares + share * (ROWS * BLOCK_N)
+                p_arrived = p_work + READY + m_tiles + (tile - whole) * CONSUMERS + which
+                p_share = p_all + piece * (CONSUMERS * ROWS * BLOCK_N)
+                complete = _hand_over(acc, p_share, p_arrived, layout) == pieces - 1
+                if complete:
+                    _join(s_tile, p_all, pieces, p_columns, n_cols, SCALED)
+        else:
+            _put(s_tile, acc, p_columns, n_cols, SCALED)
+        if complete:
+            if ACROSS or COUNT == 1 or part == 0:
+                _copy(outs[0], s_tile, row, col)
+            elif COUNT == 2 or part == 1:
+                _copy(outs[1], s_tile, row, col)
+            else:
+                _copy(outs[2], s_tile, row, col)
         taken += 1
         index = took(queue, taken) if BESIDE else index + gl.num_programs(0)
     tma.store_wait(0)
 
 
-VARYING = "n1 n2 n3 k_tiles1 k_tiles2 k_tiles3 m_tiles n_tiles rows low_tiles second third start2 start3 ready".split()
+VARYING = (
+    "n1 n2 n3 k_tiles1 k_tiles2 k_tiles3 m_tiles n_tiles whole pieces units rows low_tiles second third start2 start3 ready"
+).split()
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def linear_low_rank_kernel(
-    p_scale, p_work, d_a1, d_a2, d_a3, d_b1, d_b2, d_b3, d_t, d_low, d_out1, d_out2, d_out3,
-    n1, n2, n3, k_tiles1, k_tiles2, k_tiles3, m_tiles, n_tiles, rows, low_tiles, second, third, start2, start3, ready,
+    p_scale, p_work, p_shares, d_a1, d_a2, d_a3, d_b1, d_b2, d_b3, d_t, d_low, d_out1, d_out2, d_out3,
+    n1, n2, n3, k_tiles1, k_tiles2, k_tiles3, m_tiles, n_tiles, whole, pieces, units, rows, low_tiles,
+    second, third, start2, start3, ready,
     ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_a1.dtype
@@ -220,18 +297,18 @@ def linear_low_rank_kernel(
     queue = new_queue()
     memory, order, k_tiles = (s_a, s_b, full, empty), (m_tiles, n_tiles), (k_tiles1, k_tiles2, k_tiles3)
     left, right, outs, ns = (d_a1, d_a2, d_a3), (d_b1, d_b2, d_b3), (d_out1, d_out2, d_out3), (n1, n2, n3)
-    starts = (start2, start3)
+    starts, cut = (start2, start3), (whole, pieces, units)
     # named: a number written into the lists below is no constexpr
     upper: gl.constexpr = 0
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (outs, p_scale, ns, memory, queue, s_out, order, k_tiles, low_tiles, second, third, starts, upper,
-                        ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
-            (_consume, (outs, p_scale, ns, memory, queue, s_out, order, k_tiles, low_tiles, second, third, starts, lower,
-                        ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
-            (_produce, (left, right, d_t, d_low, p_work, memory, queue, order, k_tiles, rows, low_tiles, second, third, starts,
-                        ready, ACROSS, COUNT, OVERLAP, BESIDE)),
+            (_consume, (outs, p_scale, p_work, p_shares, ns, memory, queue, s_out, order, cut, k_tiles, low_tiles, second, third,
+                        starts, upper, ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
+            (_consume, (outs, p_scale, p_work, p_shares, ns, memory, queue, s_out, order, cut, k_tiles, low_tiles, second, third,
+                        starts, lower, ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
+            (_produce, (left, right, d_t, d_low, p_work, memory, queue, order, cut, k_tiles, rows, low_tiles, second, third,
+                        starts, ready, ACROSS, COUNT, OVERLAP, BESIDE)),
         ],
         [4, 1],
         [232, 40],
@@ -260,7 +337,7 @@ class Matrix(NamedTuple):
 @lru_cache(KEPT)
 def _prepared(
     m: int, ks: tuple[int, ...], ns: tuple[int, ...], layout: Layout, strides: tuple[int, ...], weight_strides: tuple[int, ...],
-    across: bool, scaled: bool, overlaps: bool, makers: int, dtype: torch.dtype, device: torch.device,
+    across: bool, scaled: bool, overlaps: bool, cut: Cut | None, dtype: torch.dtype, device: torch.device,
 ) -> Prepared | None:  # fmt: skip
     """The launch, or None where this kernel does not take the product.
 
@@ -295,6 +372,7 @@ def _prepared(
     lefts = [Matrix(m, k, stride, *left) for k, stride in zip(ks, strides)]
     outs = [Matrix(m, n, n, *piece) for n in ns]
     last = lambda found: [*found, *found[-1:] * (MOST - len(found))]
+    units = (cut.whole, cut.pieces, cut.units()) if cut else (m_tiles * n_tiles, 1, m_tiles * n_tiles)
     # where the second and the third output begin
     starts, k_tiles = (sum(ns[:1]), sum(ns[:2])), tuple(cdiv(k, BLOCK_K.value) for k in ks)
     return Prepared(
@@ -302,18 +380,29 @@ def _prepared(
         linear_low_rank_kernel,
         device,
         (min(m_tiles * n_tiles, sm_count(device)),),
-        (*fill(ns, 0), *fill(k_tiles, 0), m_tiles, n_tiles, m, low_tiles, *beyond, *starts, makers),
+        (
+            *fill(ns, 0),
+            *fill(k_tiles, 0),
+            m_tiles,
+            n_tiles,
+            *units,
+            m,
+            low_tiles,
+            *beyond,
+            *starts,
+            cut.makers if cut else 0,
+        ),
         {
             "ACROSS": across,
             "COUNT": count,
             "SCALED": scaled,
             "OVERLAP": overlaps,
-            "BESIDE": makers > 0,
+            "BESIDE": cut is not None,
             "num_warps": 4,
             "maxnreg": 168,
         }
         | ({"launch_pdl": True} if overlaps else {}),
-        (None, None, *last(lefts), *last(weights), t, low, *last(outs)),
+        (None, None, None, *last(lefts), *last(weights), t, low, *last(outs)),
     )
 
 
@@ -325,7 +414,7 @@ def takes(
     scale: Tensor | None,
     ns: list[int],
     overlaps: bool,
-    makers: int = 0,
+    cut: Cut | None = None,
 ) -> Prepared | None:
     """The launch of :func:`linear_low_rank`, or None where this kernel does not take it."""
     bits, dtype = 0, lefts[0].dtype
@@ -337,28 +426,30 @@ def takes(
         return None
     return _prepared(
         lefts[0].shape[0], tuple([a.shape[1] for a in lefts]), tuple(ns), layout, tuple([a.stride(0) for a in lefts]),
-        tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps, makers, dtype, lefts[0].device,
+        tuple([w.stride(0) for w in weights]), across, scale is not None, overlaps, cut, dtype, lefts[0].device,
     )  # fmt: skip
 
 
 def linear_low_rank(
     lefts: list[Tensor], weights: list[Tensor], t: Tensor, low: Tensor, layout: Layout, across: bool, scale: Tensor | None,
-    sizes: list[tuple[int, ...]], overlaps: bool, work: Tensor | None = None, makers: int = 0,
+    sizes: list[tuple[int, ...]], overlaps: bool, work: Tensor | None = None, cut: Cut | None = None,
 ) -> list[Tensor] | None:  # fmt: skip
     """The products in ``sizes``, rows side by side, or None where this kernel does not take them.
 
     One left operand and several weights (N, K) give several results; ``across``, several of both, weights (K, N), one sum.
     ``t`` and ``low``: fresh, as :mod:`m3kernels.ops._lora_launch` lays them. ``scale``: of all results' columns. ``overlaps``:
     the kernel before this one wrote t and low and lets this one begin, as this one does the next. ``work``: that of
-    :mod:`m3kernels.ops._beside`, where a kernel beside this one writes each tile of rows in ``makers`` parts.
+    :mod:`m3kernels.ops._beside`, where a kernel beside this one makes t, and ``cut`` as it is there.
     """
-    run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps, makers)
+    run = takes(lefts, weights, layout, across, scale, [size[-1] for size in sizes], overlaps, cut)
     if run is None:
         return None
     outs = [t.new_empty(size) for size in sizes]
+    shares = t.new_empty(cut.cut * cut.pieces * SHARE, dtype=torch.float32) if cut and cut.cut else low
     run(
         t if scale is None else scale,
         low if work is None else work,
+        shares,
         *three(lefts),
         *three(weights),
         t,

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import BLOCK_M, READY, TILE, await_count, finished, lateness, rows_written, work_size
+from m3kernels.ops._beside import BLOCK_M, READY, TILE, Cut, await_count, best_cut, lateness, rows_written
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_N, Matrix
 from m3kernels.ops._lora_launch import Layout, fill, three
@@ -289,14 +289,14 @@ class Pass(NamedTuple):
     """The launch and its sizes.
 
     ``parts``: numbers of du in the making; ``arrivals``, ``work``: counters, its own and those that the product has too;
-    ``makers``: of a tile of rows of du; ``tiles`` of rows.
+    ``cut`` of that product; ``tiles`` of rows.
     """
 
     run: Prepared
     parts: int
     arrivals: int
     work: int
-    makers: int
+    cut: Cut
     tiles: int
 
 
@@ -327,19 +327,21 @@ class Form(NamedTuple):
         return cdiv(rows, ROWS.value) * ROW_TILE[self.rank][self.blocks] * (1.75 if split else 1.0)
 
 
-def best(layout: Layout, rows: int, ns: tuple[int, ...], width: int, sms: int) -> Form | None:
-    """The form with which the product beside it ends first; of few programs, if it can be: each hands a du of its own on."""
+def best(layout: Layout, rows: int, ns: tuple[int, ...], width: int, sms: int) -> tuple[Form, Cut] | None:
+    """The form with which the product beside it ends first, and its cut; of few programs, if it can be: each hands on a du."""
     forms = [form for blocks in ROW_TILE[16] if (form := Form.of(layout, blocks))]
     few = [form for form in forms if sum(form.programs(ns)) <= FEW] or forms[-1:]
     m_tiles, n_tiles, tile = cdiv(rows, BLOCK_M.value), cdiv(width, BLOCK_N.value), TILE * sum(ns)
 
-    def end(form: Form) -> tuple[float, int]:
+    def end(form: Form) -> tuple[float, int, Form, Cut]:
         programs, busy = sum(form.programs(ns)), form.busy(rows, layout.split)
         late = lateness(m_tiles, n_tiles, tile, sms - programs, lambda tiles: busy * tiles / m_tiles)
-        return finished(busy, programs, m_tiles * n_tiles, tile, sms) + late, programs
+        ends, cut = best_cut(busy, programs, m_tiles * n_tiles, tile, sms, 2 * layout.count)
+        return ends + late, programs, form, cut
 
     # all must be there at once, beside another stream's as well
-    return min((form for form in few if sum(form.programs(ns)) <= sms // 2), key=end, default=None)
+    found = min((end(form) for form in few if sum(form.programs(ns)) <= sms // 2), default=None)
+    return found and found[2:]
 
 
 @lru_cache(KEPT)
@@ -352,9 +354,10 @@ def prepared(
         return None
     if layout.split and layout.rank % 8:
         return None
-    form = best(layout, rows, ns, width, sm_count(device))
-    if form is None:
+    found = best(layout, rows, ns, width, sm_count(device))
+    if found is None:
         return None
+    form, cut = found
     programs, parts = form.programs(ns), 2 if layout.split else 1
     row_tiles = 2 * cdiv(rows, BLOCK_M.value)
     t_tile, b_tile = form.tiles()
@@ -392,8 +395,8 @@ def prepared(
         run,
         total * row_tiles * ROWS.value * form.rank,
         layout.count * row_tiles // 2,
-        work_size(rows),
-        2 * layout.count,
+        cut.work(rows),
+        cut,
         row_tiles // 2,
     )
 
@@ -401,8 +404,8 @@ def prepared(
 def du_and_db(
     plan: Pass, dys: list[Tensor], t: Tensor, many_b: list[Tensor], scale: Tensor | None, layout: Layout, db: Tensor,
     work: Tensor, arrived: Tensor,
-) -> Tensor:  # fmt: skip
-    """du (M, count * padded) as parts; writes db.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """du (M, count * padded) as parts; writes db. And what this pass still reads when the product beside it begins to write.
 
     ``scale``: DoRA's (N of all,), of B's rows; ``work`` and ``arrived``: set to zero by the kernel before this one.
     """
@@ -420,4 +423,4 @@ def du_and_db(
         work,
         arrived,
     )
-    return du
+    return du, part

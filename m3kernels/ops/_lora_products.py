@@ -32,13 +32,17 @@ def _overlaps(x: Tensor, layout: Layout, dropout: float = 0.0) -> bool:
 
 
 class Begun(NamedTuple):
-    """t and low as :func:`make_t`; DoRA's norms and scales, or None; what the product counts by where t is in the making."""
+    """t and low as :func:`make_t`; DoRA's norms and scales, or None; where t is in the making, what the product counts by, its
+    cut, and what the pass over x still reads when the product begins to write.
+    """
 
     t: Tensor
     low: Tensor
     norms: Tensor | None
     scales: Tensor | None
     work: Tensor | None = None
+    cut: tuple | None = None
+    read: Tensor | None = None
 
 
 def t_and_low(
@@ -48,15 +52,14 @@ def t_and_low(
     """What goes into the product; DoRA's norms and scales where ``squares`` are given."""
     ns = [w.shape[0] for w in weights]
     if not dropout and (kernel := _hopper(x.device)) is not None and not x.data_ptr() & 15:
-        from m3kernels.ops import _beside, _lora_x_hopper
+        from m3kernels.ops import _lora_x_hopper
 
-        run = None
-        if kernel.takes([x], weights, layout, False, squares, ns, True, kernel.CONSUMERS.value) is not None:
-            run = _lora_x_hopper.prepared(layout, *x.shape, x.stride(0), tuple(ns), x.dtype, x.device)
-        if run is not None:
-            work = x.new_empty(_beside.work_size(x.shape[0]), dtype=torch.int32)
+        found = _lora_x_hopper.prepared(layout, *x.shape, x.stride(0), tuple(ns), x.dtype, x.device)
+        if found and kernel.takes([x], weights, layout, False, squares, ns, True, found[1]) is not None:
+            run, cut = found
+            work = x.new_empty(cut.work(x.shape[0]), dtype=torch.int32)
             a, low, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, True, work)
-            return Begun(_lora_x_hopper.t_of(run, x, a, work, layout), low, *norms, work)
+            return Begun(_lora_x_hopper.t_of(run, x, a, work, layout), low, *norms, work, cut, a)
     norms = [None, None]
     if squares is not None:
         _, _, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, False)
@@ -76,9 +79,10 @@ def project(
     t, low = begun.t, begun.low
     sizes = [(*shape, w.shape[0]) for w in weights]
     if (kernel := _hopper(x.device)) is not None:
-        work = begun.work
-        overlaps, makers = (_overlaps(x, layout, dropout), 0) if work is None else (True, kernel.CONSUMERS.value)
-        found = kernel.linear_low_rank([x], weights, t, low, layout, False, scale, sizes, overlaps, work, makers)
+        overlaps = begun.cut is not None or _overlaps(x, layout, dropout)
+        found = kernel.linear_low_rank(
+            [x], weights, t, low, layout, False, scale, sizes, overlaps, begun.work, begun.cut
+        )
         if found is not None:
             return found
     found, row = [], 0
@@ -98,8 +102,7 @@ def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, dropout
     """Whether :func:`input_gradient` lets what follows it begin before it has ended."""
     if (kernel := _hopper(dys[0].device)) is None or dropout or not (plan or _overlaps(dys[0], layout)):
         return False
-    makers = plan.makers if plan else 0
-    return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True, makers) is not None
+    return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True, plan and plan.cut) is not None
 
 
 def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scalings: list[float], scaled: bool, width: int):
@@ -119,7 +122,7 @@ def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scalings: 
     )
 
 
-def du_and_db(plan, *given, **named) -> Tensor:
+def du_and_db(plan, *given, **named) -> tuple[Tensor, Tensor]:
     """:func:`m3kernels.ops._lora_dy_hopper.du_and_db`, which only Hopper's Triton can import."""
     from m3kernels.ops import _lora_dy_hopper
 
@@ -132,8 +135,10 @@ def input_gradient(
 ) -> Tensor:  # fmt: skip
     """sum_j dy_j W_j + drop_j'(du_j A_j) in ``shape``; right after du, or while ``plan``'s pass still makes it."""
     if not dropout and (kernel := _hopper(du.device)) is not None:
-        overlaps, makers = (True, plan.makers) if plan else (_overlaps(du, layout), 0)
-        found = kernel.linear_low_rank(dys, weights, du, a, layout, True, None, [shape], overlaps, work, makers)
+        overlaps = bool(plan) or _overlaps(du, layout)
+        found = kernel.linear_low_rank(
+            dys, weights, du, a, layout, True, None, [shape], overlaps, work, plan and plan.cut
+        )
         if found is not None:
             return found[0]
     dx = du.new_empty(shape)

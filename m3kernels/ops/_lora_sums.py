@@ -126,7 +126,7 @@ class Adding(NamedTuple):
             ns = () if plan else tuple(ns)
             run, slabs, arrivals = _outer(
                 layout, x.shape[0], ns, x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps,
-                *((plan.makers, plan.tiles) if plan and overlaps else (0, 0)), x.device, x.dtype, dtype,
+                *((plan.cut.makers, plan.tiles) if plan and overlaps else (0, 0)), x.device, x.dtype, dtype,
             )  # fmt: skip
         elif not plan:
             return cls(None, x, None, None, None, None)

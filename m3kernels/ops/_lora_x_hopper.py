@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import BLOCK_M, ONE, READY, rows_written, streams
+from m3kernels.ops._beside import BLOCK_M, ONE, READY, Cut, rows_written, streams
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_N, CONSUMERS, ROWS, Matrix
 from m3kernels.ops._lora_launch import Layout
@@ -149,8 +149,8 @@ class Form(NamedTuple):
 @lru_cache(KEPT)
 def prepared(
     layout: Layout, rows: int, width: int, stride: int, ns: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Prepared | None:
-    """The launch, or None where this kernel does not take the pass; ``ns``: columns of the products beside it."""
+) -> tuple[Prepared, Cut] | None:
+    """The launch and the cut of the product beside it, or None where this kernel does not take the pass; ``ns``: its columns."""
     form = Form.of(layout)
     # the copy engine reads rows that begin at 16-byte marks, each at its own
     if form is None or width % 8 or stride % 8 or not stride or dtype not in (torch.bfloat16, torch.float16):
@@ -161,7 +161,7 @@ def prepared(
     m_tiles, n_tiles = cdiv(rows, BLOCK_M.value), sum(cdiv(n, BLOCK_N.value) for n in ns)
     small = [Matrix(of_all, width, width, (form.tile, form.k), a_tile, p * of_all * width) for p in range(parts)]
     programs = streams(m_tiles, BLOCK_M.value * width * 2, form.rate(layout), n_tiles, width, sm_count(device))
-    return Prepared(
+    run = Prepared(
         "lora_linear (x)",
         lora_x_kernel,
         device,
@@ -171,6 +171,7 @@ def prepared(
         | {"X_TILE": x_tile, "A_TILE": a_tile, "num_warps": 4, "maxnreg": 168, "launch_pdl": True},
         (Matrix(rows, width, stride, (ROWS.value, form.k), x_tile), small[0], small[-1], None, None),
     )
+    return run, Cut(CONSUMERS.value, m_tiles * n_tiles, 0, 1)
 
 
 def t_of(run: Prepared, x: Tensor, a: Tensor, work: Tensor, layout: Layout) -> Tensor:

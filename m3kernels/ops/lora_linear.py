@@ -164,7 +164,8 @@ def _backward(
     if plan:
         work = adding.work
         a = skinny.make_a(dys, many_a, many_b, layout, adding.counters)
-        du = du_and_db(plan, dys, t, many_b, scales, layout, sums.db, work, adding.of_pass)
+        # held until the product beside it has its memory
+        du, read = du_and_db(plan, dys, t, many_b, scales, layout, sums.db, work, adding.of_pass)
     else:
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.counters)
     dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape, plan, work) if need_x else x.new_empty(0)

@@ -27,6 +27,24 @@ def test_the_end_is_that_of_a_counter(tiles, busy, programs):
     assert beside.finished(busy, programs, tiles, 33.0, SMS) == pytest.approx(simulated(busy, programs, tiles, 33.0))
 
 
+@pytest.mark.parametrize("pieces", beside.PIECES)
+@pytest.mark.parametrize("tiles", [131, 132, 384, 512, 768, 1001])
+@pytest.mark.parametrize(("busy", "programs"), [(10.0, 4), (33.0, 12), (211.0, 36), (95.0, 7), (700.0, 3)])
+def test_pieces_end_as_the_counter_has_them(tiles, busy, programs, pieces):
+    """Whole tiles, then pieces: never later than the model says, and earlier by less than a piece."""
+    tile = 70.0
+    end, whole = beside.finished_in_pieces(busy, programs, tiles, tile, SMS, pieces)
+    piece = tile / pieces + beside.HANDED
+    free = [busy] * programs + [0.0] * (SMS - programs)
+    for length in [tile] * whole + [piece] * ((tiles - whole) * pieces):
+        first = min(range(SMS), key=free.__getitem__)
+        free[first] += length
+    last = max(max(free), busy)
+    joined = beside.JOINED * pieces
+    assert last - 0.1 <= end - joined <= last + piece
+    assert end <= beside.finished(busy, programs, tiles, tile, SMS) + joined + 0.1
+
+
 def test_rows_that_come_late_cost_what_the_product_waits():
     # 16 tiles of rows are taken at once; the first are wanted when the first tile ends
     end = lambda tiles: 10.0 * tiles
@@ -43,15 +61,24 @@ def test_rows_that_come_late_cost_what_the_product_waits():
 def test_programs_never_fill_the_gpu(tokens, ns, width):
     """All of a pass must be there at once, whatever another stream runs: at most half of the multiprocessors."""
     units = -(-tokens // 128)
-    programs = beside.streams(units, 256 * width, beside.ONE, sum(-(-n // 256) for n in ns), width, SMS)
+    n_tiles = sum(-(-n // 256) for n in ns)
+    programs = beside.streams(units, 256 * width, beside.ONE, n_tiles, width, SMS)
     assert 1 <= programs <= min(units, SMS // 2)
     for rank, dtype in ((16, torch.bfloat16), (64, torch.bfloat16), (16, torch.float32)):
         layout = Layout.of(torch.empty(1, 8, dtype=torch.bfloat16), torch.empty(rank, 8, dtype=dtype), len(ns))
-        form = dy_pass.best(layout, tokens, ns, width, SMS)
-        assert form is not None and sum(form.programs(ns)) <= SMS // 2
+        form, cut = dy_pass.best(layout, tokens, ns, width, SMS)
+        assert sum(form.programs(ns)) <= SMS // 2 and cut.whole + cut.cut == units * -(-width // 256)
 
 
 def test_a_pass_that_needs_more_programs_is_not_taken():
     layout = Layout.of(torch.empty(1, 8, dtype=torch.bfloat16), torch.empty(64, 8, dtype=torch.bfloat16), 1)
     assert dy_pass.best(layout, 4096, (40_000,), 4096, SMS) is None
     assert dy_pass.best(layout, 4096, (32_768,), 4096, SMS) is not None
+
+
+def test_a_cut_must_gain_more_than_the_model_knows():
+    """24 tiles of 199 us are left over: four pieces of each end 127 us sooner. 32 of 33 us would gain 3."""
+    end, cut = beside.best_cut(211.0, 36, 384, 199.0, SMS, 4)
+    assert cut == beside.Cut(4, 360, 24, 4) and end < beside.finished(211.0, 36, 384, 199.0, SMS) - 100
+    assert cut.units() == 360 + 96 and cut.work(4096) == 1 + 32 + 48
+    assert beside.best_cut(154.0, 12, 512, 33.0, SMS, 2)[1] == beside.Cut(2, 512, 0, 1)

@@ -1,6 +1,7 @@
 """Adapters beside what every op is tested for: layers of one input, fp32 adapters, dropout's masks, refusals."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,39 @@ def test_bits_are_the_same_alone_on_two_streams_and_in_a_graph(rank, adapters, d
     for others in found:
         for a, b in zip(others, expected):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="kernels that run beside each other need a GPU")
+@pytest.mark.parametrize(
+    ("width", "ns", "rank"), [(3072, (9216, 9216), 64), (3072, (4096, 1024, 1024), 64), (4096, (3072,), 32)]
+)
+def test_a_product_writes_nothing_that_the_pass_beside_it_reads(width, ns, rank, monkeypatch):
+    """Memory that the host has let go of may be the product's, which begins before the pass has read all of it."""
+    from m3kernels.ops._prepared import Prepared
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("passes run beside the product on Hopper alone")
+    launched, run = [], Prepared.__call__
+
+    def record(self, *tensors):
+        ends = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        launched.append((self.kernel.fn.__name__, ends))
+        return run(self, *tensors)
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    _, layers = layers_of(width, ns, rank, HALF, HALF)
+    layers = [replace(p, weight=p.weight.detach()) for p in layers]
+    x = torch.randn(4096, width, device=DEVICE).to(HALF).requires_grad_()
+    dys = [torch.randn(4096, n, device=DEVICE).to(HALF) for n in ns]
+    torch.cuda.empty_cache()  # the only memory to be had again is what these calls let go of
+    monkeypatch.setattr(Prepared, "__call__", record)
+    ys = lora_linears(x, layers)
+    torch.autograd.grad(ys, [t for t in tensors_of(x, layers) if t.requires_grad], dys)
+    pairs = [(a, b) for a, b in zip(launched, launched[1:]) if b[0] == "linear_low_rank_kernel"]
+    assert [a[0] for a, _ in pairs] == ["lora_x_kernel", "lora_dy_kernel"]
+    for (_, read), (_, given) in pairs:
+        for begin, end in given[-3:]:
+            assert not any(begin < e and b < end for b, e in read)
 
 
 def test_fp32_adapters_keep_their_precision():
