@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-MODULES = "_linear_hopper _lora_dy_hopper _lora_x_hopper _lora_sums _dora_scale".split()
+MODULES = "_linear_launch _lora_dy_launch _lora_x_hopper _lora_sums _dora_scale".split()
 FORWARD = ["lora_linear (parts)", "lora_linear (x)", "lora_linear"]
 BACKWARD = ["lora_linear backward (shrink)", "lora_linear backward (dy)", "lora_linear", "lora_linear backward"]
 
@@ -26,7 +26,7 @@ def launched(monkeypatch):
         names.append(self.op)
 
     monkeypatch.setattr(of("_prepared").Prepared, "__call__", check)
-    monkeypatch.setattr(of("_lora_products"), "_hopper", lambda device: of("_linear_hopper"))
+    monkeypatch.setattr(of("_lora_products"), "_hopper", lambda device: of("_linear_launch"))
     for name in MODULES:
         monkeypatch.setattr(of(name), "sm_count", lambda device: 132)
     for name in ("_lora_products", "_lora_launch"):
@@ -66,6 +66,7 @@ def test_arguments_fit_their_kernels(launched, dtype, rank, count, dora):
         [torch.empty_like(y) for y in ys], x, weights, many_a, many_b, t, ys if dora else [],
         *(kept[:2] if dora else (None, None)), None, scalings, 0.0, [], blocks, True, False, True,
     )  # fmt: skip
-    assert launched == ["dora_linear backward"] * 2 * dora + BACKWARD
+    # the pass over dy makes dA as well where the rank is small
+    assert launched in [["dora_linear backward"] * 2 * dora + BACKWARD[:end] for end in (3, 4)]
     sizes = [(rows, width), (count, rank, width), (sum(ns), rank)]
     assert [tuple(g.shape) for g in grads[:3]] == sizes

@@ -650,12 +650,12 @@ def test_linear_hopper(across, scaled, count, beside):
 
 
 @needs_its_gluon
-@pytest.mark.parametrize(("rank", "split", "blocks", "scaled", "spills"), [
-    (16, False, 16, False, 0), (16, True, 12, True, 0), (32, True, 8, True, 16), (64, False, 4, False, 0),
+@pytest.mark.parametrize(("rank", "split", "blocks", "x_blocks", "scaled", "spills"), [
+    (16, False, 16, 4, False, 24), (16, True, 12, 2, True, 24), (32, True, 8, 0, True, 16), (64, False, 4, 0, False, 0),
 ])  # fmt: skip
-def test_lora_dy_hopper(rank, split, blocks, scaled, spills):
-    module = importlib.import_module("m3kernels.ops._lora_dy_hopper")
-    kernel, form = module.lora_dy_kernel, module.Form.of(adapter_layout(rank, split, 3), blocks)
+def test_lora_dy_hopper(rank, split, blocks, x_blocks, scaled, spills):
+    module = importlib.import_module("m3kernels.ops._lora_dy_launch")
+    kernel, form = module.lora_dy_kernel, module.Form.of(adapter_layout(rank, split, 3), blocks, x_blocks)
     t_tile, b_tile = form.tiles()
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("p_part", "p_scale"), "*fp32")
     types |= dict.fromkeys(("s1", "s2", "s3"), "fp32") | dict.fromkeys(("p_work", "p_arrived"), "*i32")
@@ -663,32 +663,45 @@ def test_lora_dy_hopper(rank, split, blocks, scaled, spills):
     for j in (1, 2, 3):
         types |= dict.fromkeys((f"d_hi{j}", f"d_lo{j}"), described(64, rank, t_tile))
         types |= {f"d_y{j}": described(64, 128, module.Y_TILE), f"p_b{j}": "*fp32" if split else "*bf16"}
-    constexprs = {"RANK": rank, "BLOCKS": blocks, "PARTS": 1 + split, "SCALED": scaled, "STAGES": form.stages}
+    types |= {"d_x": types["d_y1"], "d_du": types["d_hi1"], "p_da": types["p_db"]}
+    constexprs = {
+        "RANK": rank,
+        "BLOCKS": blocks,
+        "X_BLOCKS": x_blocks,
+        "JOINT": 3,
+        "PARTS": 1 + split,
+        "SCALED": scaled,
+    }
+    constexprs |= {"STAGES": form.stages, "T_STAGES": form.t_stages}
     ptx = check_gluon(kernel, constexprs | {"T_TILE": t_tile, "B_TILE": b_tile}, types, 128, spills)
     assert "release" in ptx and "acquire" in ptx
 
 
 @needs_its_gluon
 @pytest.mark.parametrize(("rank", "count", "split", "spills"), [
-    (16, 1, False, 0), (16, 3, True, 0), (64, 3, False, 0), (64, 2, True, 200),
+    (16, 1, False, 0), (16, 3, True, 0), (64, 3, False, 140), (64, 2, True, 200),
 ])  # fmt: skip
 def test_lora_x_hopper(rank, count, split, spills):
     """Spills are where a tile is stored, once for thousands of products."""
     module = importlib.import_module("m3kernels.ops._lora_x_hopper")
     layout = adapter_layout(rank, split, count)
     form, kernel = module.Form.of(layout), module.lora_x_kernel
-    x_tile, a_tile = form.layouts()
+    x_tile, a_tile, rest_tile = form.layouts()
     types = dict.fromkeys(kernel.arg_names, "i32") | {"p_t": "*bf16", "p_work": "*i32"}
     types |= {"d_x": described(64, form.k, x_tile)}
     types |= dict.fromkeys(("d_a_hi", "d_a_lo"), described(form.tile, form.k, a_tile))
+    types |= {"d_rest": described(form.rest or form.tile, form.k, rest_tile)}
     constexprs = {
         "RANK": rank,
         "PADDED": layout.padded,
         "COLUMNS": form.tile,
+        "REST": form.rest,
         "PARTS": 1 + split,
         "STAGES": form.stages,
     }
-    ptx = check_gluon(kernel, constexprs | {"X_TILE": x_tile, "A_TILE": a_tile}, types, spills=spills)
+    ptx = check_gluon(
+        kernel, constexprs | {"X_TILE": x_tile, "A_TILE": a_tile, "REST_TILE": rest_tile}, types, spills=spills
+    )
     assert "griddepcontrol.wait" in ptx and "release" in ptx
 
 

@@ -56,6 +56,19 @@ def await_rows(p_ready, makers):
 
 
 @gluon.jit
+def await_all(p_ready, tiles, makers):
+    """:func:`await_rows` of all tiles, in one warp."""
+    o = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    for first in range(0, tiles, 32):
+        missing = 1
+        while missing > 0:
+            ready = gl.load(p_ready + first + o, mask=first + o < tiles, other=makers, volatile=True)
+            missing = gl.max(makers - ready, 0)
+    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    _fence_for_copies()
+
+
+@gluon.jit
 def new_queue():
     """Where the loader tells the warpgroups which tile is next."""
     s_tile = gl.allocate_shared_memory(gl.int32, [TOLD, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))

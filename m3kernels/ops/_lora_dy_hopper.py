@@ -1,20 +1,16 @@
-"""One pass over dy for both of its skinny products, for Hopper (sm_90a), in Gluon.
+"""One pass over dy for both of its skinny products, then one over x, for Hopper (sm_90a), in Gluon.
 
-    du_j = s_j dy_j B_j        dB_j = s_j dy_j^T t_j
+    du_j = s_j dy_j B_j        dB_j = s_j dy_j^T t_j        dA_j = du_j^T x
 
 A few programs own columns each and go down all rows, while the product already runs on the other multiprocessors
 (:mod:`m3kernels.ops._beside`): their dB stays in registers, their B in shared memory. What they add to du of a tile of rows
 leaves in fp32; as soon as all have, the warpgroup that sums adds the parts up, in a fixed order, and the product may have du.
+Then, at small ranks, they own columns of x, for dA; else a kernel after the product makes it.
 
 One warp loads by the copy engine; two warpgroups take turns with tiles of 64 rows and 128 columns. fp32 adapters beside 16-bit
 activations are two 16-bit numbers, hi and lo.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,61 +22,71 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import BLOCK_M, READY, TILE, Cut, await_count, best_cut, lateness, rows_written
-from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
-from m3kernels.ops._linear_hopper import BLOCK_N, Matrix
-from m3kernels.ops._lora_launch import Layout, fill, three
-from m3kernels.ops._prepared import KEPT, Prepared
+from m3kernels.ops._beside import READY, await_all, await_count, rows_written
 
 ROWS = gl.constexpr(64)
 COLS = gl.constexpr(128)
-T_STAGES = gl.constexpr(3)
 TOLD = gl.constexpr(4)  # tiles of rows whose parts are stored and not yet counted
 FAR = gl.constexpr(2**30)
 SUMMED = gl.constexpr(1024)  # numbers of du that a warpgroup adds up at once
 AT_ONCE = gl.constexpr(4)  # parts of du that are summed from loads side by side
-SHARED = 220 * 1024  # bytes of tiles
-MOST_STAGES = 10
-MOST_RANK = 64
-# by columns of B and blocks: microseconds that a program takes for 64 rows, beside a product; measured: docs/adapters.md
-ROW_TILE = {
-    16: {2: 0.83, 4: 1.4, 6: 2.1, 8: 2.7, 12: 3.05, 16: 4.0},
-    32: {2: 1.3, 4: 1.9, 6: 2.5, 8: 3.0},
-    64: {2: 2.4, 4: 3.3},
-}
-FEW = 16  # programs
 
 Y_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16))
 
 
 @gluon.jit
-def _produce(ys, ts, memory, which, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+def _produce(ys, ts, d_x, d_du, p_work, memory, which, first, row_tiles, rank, padded, makers, stripes, BLOCKS: gl.constexpr,
+             X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+             T_STAGES: gl.constexpr):  # fmt: skip
     # t comes from the forward; the kernel before this one cleared what the next one counts by
     gdc_wait()
     gdc_launch_dependents()
     if which == 0:
-        _load(ys[0], ts[0], memory, first, row_tiles, BLOCKS, PARTS, STAGES)
+        _load(ys[0], ts[0], memory, first, row_tiles, BLOCKS, PARTS, STAGES, T_STAGES)
     elif which == 1:
-        _load(ys[1], ts[1], memory, first, row_tiles, BLOCKS, PARTS, STAGES)
+        _load(ys[1], ts[1], memory, first, row_tiles, BLOCKS, PARTS, STAGES, T_STAGES)
     else:
-        _load(ys[2], ts[2], memory, first, row_tiles, BLOCKS, PARTS, STAGES)
+        _load(ys[2], ts[2], memory, first, row_tiles, BLOCKS, PARTS, STAGES, T_STAGES)
+    if X_BLOCKS:
+        await_all(p_work + READY, row_tiles // 2, makers)
+        count, t_count = row_tiles * BLOCKS, row_tiles
+        for stripe in range(gl.program_id(0), stripes, gl.num_programs(0)):
+            for m in range(0, row_tiles):
+                for j in gl.static_range(JOINT):
+                    _load_small((d_du, d_du), memory, t_count, m * ROWS, j * padded, rank, PARTS, T_STAGES)
+                    t_count += 1
+                for i in range(0, X_BLOCKS):
+                    _load_block(d_x, memory, count, m * ROWS, (stripe * X_BLOCKS + i) * COLS, STAGES)
+                    count += 1
 
 
 @gluon.jit
-def _load(d_y, d_t, memory, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
-    s_y, s_t, full, empty, t_full, t_empty, _, _, _, _ = memory
+def _load(d_y, d_t, memory, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+          T_STAGES: gl.constexpr):  # fmt: skip
     for m in range(0, row_tiles):
-        row, t_slot = m * ROWS, m % T_STAGES
-        mbarrier.wait(t_empty.index(t_slot), (m // T_STAGES & 1) ^ 1)
-        mbarrier.expect(t_full.index(t_slot), PARTS * d_t[0].block_type.nbytes)
-        for p in gl.static_range(PARTS):
-            tma.async_copy_global_to_shared(d_t[p], [row, 0], t_full.index(t_slot), s_t.index(t_slot * PARTS + p))
+        _load_small(d_t, memory, m, m * ROWS, 0, 0, PARTS, T_STAGES)
         for i in range(0, BLOCKS):
-            count = m * BLOCKS + i
-            slot = count % STAGES
-            mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(slot), d_y.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_y, [row, (first + i) * COLS], full.index(slot), s_y.index(slot))
+            _load_block(d_y, memory, m * BLOCKS + i, m * ROWS, (first + i) * COLS, STAGES)
+
+
+@gluon.jit
+def _load_small(d_t, memory, count, row, col, apart, PARTS: gl.constexpr, T_STAGES: gl.constexpr):
+    """Parts of t or du, ``apart`` columns from each other."""
+    s_t, full, empty = memory[1], memory[4], memory[5]
+    slot = count % T_STAGES
+    mbarrier.wait(empty.index(slot), (count // T_STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(slot), PARTS * d_t[0].block_type.nbytes)
+    for p in gl.static_range(PARTS):
+        tma.async_copy_global_to_shared(d_t[p], [row, col + p * apart], full.index(slot), s_t.index(slot * PARTS + p))
+
+
+@gluon.jit
+def _load_block(d_y, memory, count, row, col, STAGES: gl.constexpr):
+    s_y, full, empty = memory[0], memory[2], memory[3]
+    slot = count % STAGES
+    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(slot), d_y.block_type.nbytes)
+    tma.async_copy_global_to_shared(d_y, [row, col], full.index(slot), s_y.index(slot))
 
 
 @gluon.jit
@@ -99,10 +105,10 @@ def _fill_b(p_b, p_scale, s_hi, s_lo, col, n_cols, rank, RANK: gl.constexpr, PAR
 
 
 @gluon.jit
-def _stream(bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, ns, rank, scalings,
-            own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr,
-            STAGES: gl.constexpr):  # fmt: skip
-    """du and dB of every second block of columns, from ``own`` on."""
+def _stream(bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, row_tiles, ns, width, rank, scalings, stripes,
+            own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr, JOINT: gl.constexpr,
+            PARTS: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr):  # fmt: skip
+    """du and dB of every second block of columns, from ``own`` on, then dA of those of x."""
     HALF: gl.constexpr = BLOCKS // 2
     s_y, s_t, full, empty, t_full, t_empty, half_full, half_empty, stored, told = memory
     before = gl.where(which == 0, 0, gl.where(which == 1, ns[0], ns[0] + ns[1]))
@@ -171,6 +177,55 @@ def _stream(bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tile
             db *= gl.load(p_scale + before + o_col, mask=o_col < n_cols, other=0.0)[:, None]
         o_db = (before + o_col)[:, None].to(gl.int64) * rank + o_r[None, :]
         gl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=(o_col < n_cols)[:, None] & (o_r < rank)[None, :])
+    if X_BLOCKS:
+        _stream_x(
+            p_da, memory, row_tiles, width, rank, stripes, own, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES
+        )
+
+
+@gluon.jit
+def _stream_x(p_da, memory, row_tiles, width, rank, stripes, own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr,
+              X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+              T_STAGES: gl.constexpr):  # fmt: skip
+    """dA of all projections, of every second block of columns of x."""
+    HALF: gl.constexpr = X_BLOCKS // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANK, 16])
+    s_x, s_du, full, empty, t_full, t_empty = memory[0], memory[1], memory[2], memory[3], memory[4], memory[5]
+    o_r, o_n = gl.arange(0, RANK, gl.SliceLayout(0, layout)), gl.arange(0, COLS, gl.SliceLayout(1, layout))
+    count, t_count = row_tiles * BLOCKS, row_tiles
+    for stripe in range(gl.program_id(0), stripes, gl.num_programs(0)):
+        sums = ()
+        for _ in gl.static_range(HALF * JOINT):
+            sums = sums + (gl.zeros([COLS, RANK], gl.float32, layout),)
+        for _ in range(0, row_tiles):
+            for j in gl.static_range(JOINT):
+                mbarrier.wait(t_full.index((t_count + j) % T_STAGES), (t_count + j) // T_STAGES & 1)
+            added = ()
+            for c in gl.static_range(HALF):
+                place = count + 2 * c + own
+                slot = place % STAGES
+                mbarrier.wait(full.index(slot), place // STAGES & 1)
+                for j in gl.static_range(JOINT):
+                    da = sums[c * JOINT + j]
+                    for p in gl.static_range(PARTS):
+                        small = s_du.index((t_count + j) % T_STAGES * PARTS + p)
+                        da = warpgroup_mma(s_x.index(slot).permute((1, 0)), small, da, is_async=True)
+                    added = added + (da,)
+            sums = warpgroup_mma_wait(0, deps=added)
+            if HALF * JOINT == 1:
+                sums = (sums,)  # of one, Gluon gives no tuple
+            for c in gl.static_range(HALF):
+                mbarrier.arrive(empty.index((count + 2 * c + own) % STAGES), count=1)
+            for j in gl.static_range(JOINT):
+                mbarrier.arrive(t_empty.index((t_count + j) % T_STAGES), count=1)
+            count += X_BLOCKS
+            t_count += JOINT
+        for c in gl.static_range(HALF):
+            o_col = (stripe * X_BLOCKS + 2 * c + own) * COLS + o_n
+            mask = (o_col < width)[:, None] & (o_r < rank)[None, :]
+            for j in gl.static_range(JOINT):
+                o_da = (j * rank + o_r).to(gl.int64)[None, :] * width + o_col[:, None]
+                gl.store(p_da + o_da, sums[c * JOINT + j].to(p_da.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -224,15 +279,18 @@ def _sum(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows, 
         rows_written(p_work + READY + tile)
 
 
-VARYING = "n1 n2 n3 rows row_tiles rank padded du_stride count begin2 begin3 programs1 programs2 programs3".split()
+VARYING = (
+    "n1 n2 n3 rows row_tiles width rank padded du_stride count stripes begin2 begin3 programs1 programs2 programs3"
+).split()
 
 
 @gluon.jit(do_not_specialize=VARYING)
 def lora_dy_kernel(
-    d_y1, d_y2, d_y3, d_hi1, d_hi2, d_hi3, d_lo1, d_lo2, d_lo3, p_b1, p_b2, p_b3, p_scale, p_part, p_du, p_db, p_work, p_arrived,
-    s1, s2, s3, n1, n2, n3, rows, row_tiles, rank, padded, du_stride, count, begin2, begin3, programs1, programs2, programs3,
-    RANK: gl.constexpr, BLOCKS: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
-    T_TILE: gl.constexpr, B_TILE: gl.constexpr,
+    d_y1, d_y2, d_y3, d_hi1, d_hi2, d_hi3, d_lo1, d_lo2, d_lo3, d_x, d_du, p_b1, p_b2, p_b3, p_scale, p_part, p_du, p_db, p_da,
+    p_work, p_arrived, s1, s2, s3, n1, n2, n3, rows, row_tiles, width, rank, padded, du_stride, count, stripes,
+    begin2, begin3, programs1, programs2, programs3,
+    RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr,
+    SCALED: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr, T_TILE: gl.constexpr, B_TILE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_y1.dtype
     s_y = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS], Y_TILE)
@@ -271,156 +329,16 @@ def lora_dy_kernel(
     odd: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, ns, rank, scalings,
-                       even, RANK, BLOCKS, PARTS, SCALED, STAGES)),
-            (_stream, (bs, p_scale, p_part, p_db, s_b, s_du, memory, which, first, row_tiles, ns, rank, scalings,
-                       odd, RANK, BLOCKS, PARTS, SCALED, STAGES)),
+            (_stream, (bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, row_tiles, ns, width, rank, scalings,
+                       stripes, even, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, STAGES, T_STAGES)),
+            (_stream, (bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, row_tiles, ns, width, rank, scalings,
+                       stripes, odd, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, STAGES, T_STAGES)),
             (_sum, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (programs1, programs2, programs3), count, row_tiles, rows,
                     rank, padded, du_stride, scalings, RANK, PARTS)),
-            (_produce, (ys, ts, memory, which, first, row_tiles, BLOCKS, PARTS, STAGES)),
+            (_produce, (ys, ts, d_x, d_du, p_work, memory, which, first, row_tiles, rank, padded, 2 * count, stripes, BLOCKS,
+                        X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES)),
             (_tell, (p_arrived, memory, which, row_tiles)),
         ],
         [4, 4, 1, 1],
         [200, 72, 40, 40],
     )  # fmt: skip
-
-
-class Pass(NamedTuple):
-    """The launch and its sizes.
-
-    ``parts``: numbers of du in the making; ``arrivals``, ``work``: counters, its own and those that the product has too;
-    ``cut`` of that product; ``tiles`` of rows.
-    """
-
-    run: Prepared
-    parts: int
-    arrivals: int
-    work: int
-    cut: Cut
-    tiles: int
-
-
-class Form(NamedTuple):
-    """Columns of a power of 2, blocks of 128 columns of one program, stages."""
-
-    rank: int
-    blocks: int
-    stages: int
-
-    @classmethod
-    def of(cls, layout: Layout, blocks: int) -> "Form | None":
-        rank, parts = max(16, next_power_of_2(layout.rank)), 2 if layout.split else 1
-        free = SHARED - 2 * rank * (parts * (blocks * COLS.value + T_STAGES.value * ROWS.value) + 2 * ROWS.value)
-        stages = min(MOST_STAGES, free // (2 * ROWS.value * COLS.value))
-        return cls(rank, blocks, stages) if blocks in ROW_TILE[rank] and stages >= 3 else None
-
-    def programs(self, ns: tuple[int, ...]) -> list[int]:
-        return [cdiv(n, COLS.value * self.blocks) for n in ns]
-
-    def tiles(self) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
-        return tuple(
-            gl.NVMMASharedLayout.get_default_for([n, self.rank], gl.bfloat16) for n in (ROWS.value, COLS.value)
-        )
-
-    def busy(self, rows: int, split: bool) -> float:
-        """Microseconds beside a product."""
-        return cdiv(rows, ROWS.value) * ROW_TILE[self.rank][self.blocks] * (1.75 if split else 1.0)
-
-
-def best(layout: Layout, rows: int, ns: tuple[int, ...], width: int, sms: int) -> tuple[Form, Cut] | None:
-    """The form with which the product beside it ends first, and its cut; of few programs, if it can be: each hands on a du."""
-    forms = [form for blocks in ROW_TILE[16] if (form := Form.of(layout, blocks))]
-    few = [form for form in forms if sum(form.programs(ns)) <= FEW] or forms[-1:]
-    m_tiles, n_tiles, tile = cdiv(rows, BLOCK_M.value), cdiv(width, BLOCK_N.value), TILE * sum(ns)
-
-    def end(form: Form) -> tuple[float, int, Form, Cut]:
-        programs, busy = sum(form.programs(ns)), form.busy(rows, layout.split)
-        late = lateness(m_tiles, n_tiles, tile, sms - programs, lambda tiles: busy * tiles / m_tiles)
-        ends, cut = best_cut(busy, programs, m_tiles * n_tiles, tile, sms, 2 * layout.count)
-        return ends + late, programs, form, cut
-
-    # all must be there at once, beside another stream's as well
-    found = min((end(form) for form in few if sum(form.programs(ns)) <= sms // 2), default=None)
-    return found and found[2:]
-
-
-@lru_cache(KEPT)
-def prepared(
-    layout: Layout, rows: int, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], scaled: bool, dtype: torch.dtype,
-    adapters: torch.dtype, device: torch.device,
-) -> Pass | None:  # fmt: skip
-    """None where this kernel does not take the pass: ranks over 64, columns that the engine cannot copy."""
-    if layout.rank > MOST_RANK or dtype not in (torch.bfloat16, torch.float16) or any(n % 8 for n in ns):
-        return None
-    if layout.split and layout.rank % 8:
-        return None
-    found = best(layout, rows, ns, width, sm_count(device))
-    if found is None:
-        return None
-    form, cut = found
-    programs, parts = form.programs(ns), 2 if layout.split else 1
-    row_tiles = 2 * cdiv(rows, BLOCK_M.value)
-    t_tile, b_tile = form.tiles()
-    t_of = lambda j, part: Matrix(
-        rows, layout.rank, layout.padded, (ROWS.value, form.rank), t_tile,
-        j * rows * layout.padded + part * layout.rank,
-    )  # fmt: skip
-    ys = [Matrix(rows, n, n, (ROWS.value, COLS.value), Y_TILE.value) for n in ns]
-    his, los = ([t_of(j, part) for j in range(layout.count)] for part in (0, parts - 1))
-    last = lambda found: [*found, *found[-1:] * (3 - len(found))]
-    total = sum(programs)
-    begins = [sum(programs[:1]), sum(programs[:2])]
-    begins = [begin if j + 1 < layout.count else total for j, begin in enumerate(begins)]
-    run = Prepared(
-        "lora_linear backward (dy)",
-        lora_dy_kernel,
-        device,
-        (total,),
-        (
-            *fill(scalings, 0.0),
-            *fill(ns, 0),
-            rows,
-            row_tiles,
-            layout.rank,
-            layout.padded,
-            layout.count * layout.padded,
-            layout.count,
-        )
-        + (*begins, *fill(tuple(programs), 0)),
-        {"RANK": form.rank, "BLOCKS": form.blocks, "PARTS": parts, "SCALED": scaled, "STAGES": form.stages}
-        | {"T_TILE": t_tile, "B_TILE": b_tile, "num_warps": 4, "maxnreg": 128, "launch_pdl": True},
-        (*last(ys), *last(his), *last(los), *[None] * 9),
-    )
-    return Pass(
-        run,
-        total * row_tiles * ROWS.value * form.rank,
-        layout.count * row_tiles // 2,
-        cut.work(rows),
-        cut,
-        row_tiles // 2,
-    )
-
-
-def du_and_db(
-    plan: Pass, dys: list[Tensor], t: Tensor, many_b: list[Tensor], scale: Tensor | None, layout: Layout, db: Tensor,
-    work: Tensor, arrived: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """du (M, count * padded) as parts; writes db. And what this pass still reads when the product beside it begins to write.
-
-    ``scale``: DoRA's (N of all,), of B's rows; ``work`` and ``arrived``: set to zero by the kernel before this one.
-    """
-    part = t.new_empty(plan.parts, dtype=torch.float32)
-    du = layout.buffer(t, dys[0].shape[0], layout.count * layout.padded)
-    plan.run(
-        *three(dys),
-        *three([t]),
-        *three([t]),
-        *three(many_b),
-        part if scale is None else scale,
-        part,
-        du,
-        db,
-        work,
-        arrived,
-    )
-    return du, part

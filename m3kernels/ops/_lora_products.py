@@ -14,16 +14,16 @@ from m3kernels.ops._lora_launch import Layout
 
 @cache
 def _hopper(device: torch.device):
-    """The module of the Gluon kernel, or None where the GPU or its Triton is another one."""
+    """The module that launches the Gluon kernel, or None where the GPU or its Triton is another one."""
     if device.type != "cuda":
         return None
     from m3kernels.ops._attention_backends import _hopper_missing
 
     if _hopper_missing(device):
         return None
-    from m3kernels.ops import _linear_hopper
+    from m3kernels.ops import _linear_launch
 
-    return _linear_hopper
+    return _linear_launch
 
 
 def _overlaps(x: Tensor, layout: Layout, dropout: float = 0.0) -> bool:
@@ -105,28 +105,40 @@ def lets_begin(dys: list[Tensor], weights: list[Tensor], layout: Layout, dropout
     return kernel.takes(dys, weights, layout, True, None, [weights[0].shape[1]], True, plan and plan.cut) is not None
 
 
-def one_pass(dys: list[Tensor], layout: Layout, many_b: list[Tensor], scalings: list[float], scaled: bool, width: int):
-    """The plan of a pass over dy for both du and dB, or None where it takes two; ``width``: of x."""
+def one_pass(
+    dys: list[Tensor], x: Tensor, layout: Layout, many_b: list[Tensor], scalings: list[float], scaled: bool, dropout: float
+):  # fmt: skip
+    """The plan of a pass over dy for both du and dB, and perhaps over x for dA, or None where it takes two."""
     if _hopper(dys[0].device) is None:
         return None
-    from m3kernels.ops import _lora_dy_hopper
+    from m3kernels.ops import _lora_dy_launch
 
-    bits = 0
+    bits = x.data_ptr()
     for tensor in (*dys, *many_b):
         bits |= tensor.data_ptr()
     if bits & 15 or not all(b.is_contiguous() for b in many_b):
         return None
     ns = tuple([dy.shape[1] for dy in dys])
-    return _lora_dy_hopper.prepared(
-        layout, dys[0].shape[0], ns, width, tuple(scalings), scaled, dys[0].dtype, many_b[0].dtype, dys[0].device
+    return _lora_dy_launch.prepared(
+        layout,
+        x.shape[0],
+        ns,
+        x.shape[1],
+        x.stride(0),
+        tuple(scalings),
+        scaled,
+        not dropout,
+        x.dtype,
+        many_b[0].dtype,
+        x.device,
     )
 
 
-def du_and_db(plan, *given, **named) -> tuple[Tensor, Tensor]:
-    """:func:`m3kernels.ops._lora_dy_hopper.du_and_db`, which only Hopper's Triton can import."""
-    from m3kernels.ops import _lora_dy_hopper
+def of_adapters(plan, *given) -> tuple[Tensor, Tensor]:
+    """:func:`m3kernels.ops._lora_dy_launch.of_adapters`, which only Hopper's Triton can import."""
+    from m3kernels.ops import _lora_dy_launch
 
-    return _lora_dy_hopper.du_and_db(plan, *given, **named)
+    return _lora_dy_launch.of_adapters(plan, *given)
 
 
 def input_gradient(

@@ -25,7 +25,7 @@ from m3kernels.ops import _lora_sums as adding_up
 from m3kernels.ops._common import fused_op, rows_of, use_triton
 from m3kernels.ops._dora_scale import scales_from, squares_of
 from m3kernels.ops._lora_launch import MOST, Layout
-from m3kernels.ops._lora_products import du_and_db, input_gradient, lets_begin, one_pass, project, t_and_low
+from m3kernels.ops._lora_products import input_gradient, lets_begin, of_adapters, one_pass, project, t_and_low
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
 from m3kernels.ops.fp8_linear import dense
 
@@ -157,7 +157,7 @@ def _backward(
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
     sums, adding, plan, work = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None, None
     if need_adapters:
-        plan = one_pass(dys, layout, many_b, scalings, scales is not None, x.shape[1])
+        plan = one_pass(dys, x, layout, many_b, scalings, scales is not None, dropout)
         overlaps = need_x and lets_begin(dzs, weights, layout, dropout, plan)
         adding = adding_up.Adding.of(x, ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype, plan)
     # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
@@ -165,11 +165,11 @@ def _backward(
         work = adding.work
         a = skinny.make_a(dys, many_a, many_b, layout, adding.counters)
         # held until the product beside it has its memory
-        du, read = du_and_db(plan, dys, t, many_b, scales, layout, sums.db, work, adding.of_pass)
+        du, read = of_adapters(plan, dys, x, t, many_b, scales, layout, *sums, work, adding.of_pass)
     else:
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.counters)
     dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape, plan, work) if need_x else x.new_empty(0)
-    if adding:
+    if adding and not (plan and plan.makes_da):
         own = [] if plan else dys
         adding_up.adapter_gradients(adding, sums, own, x, t, du, layout, scalings, scales, seeds)
     return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dm]

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from m3kernels.ops import _beside as beside  # noqa: E402
-from m3kernels.ops import _lora_dy_hopper as dy_pass  # noqa: E402
+from m3kernels.ops import _lora_dy_launch as dy_pass  # noqa: E402
 from m3kernels.ops._lora_launch import Layout  # noqa: E402
 
 SMS = 132
