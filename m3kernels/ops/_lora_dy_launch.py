@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from m3kernels.ops._beside import BLOCK_M, TILE, Cut, best_cut
+from m3kernels.ops._beside import BLOCK_M, TILE, Cut, best_cut, finished, lateness
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_N
 from m3kernels.ops._linear_launch import Matrix
 from m3kernels.ops._lora_dy_hopper import COLS, ROWS, Y_TILE, lora_dy_kernel
-from m3kernels.ops._lora_launch import Layout, fill, three
+from m3kernels.ops._lora_launch import MOST, Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
 
 SHARED = 220 * 1024  # bytes of tiles
@@ -24,11 +24,16 @@ ROW_TILE = {
     32: {2: 1.3, 4: 1.9, 6: 2.5, 8: 3.0},
     64: {2: 2.4, 4: 3.3},
 }
-FEW = 16  # programs
+# the same for three projections at once, whose du are summed: how much longer
+OF_THREE = {16: 1.0, 32: 1.1, 64: 1.3}
+# programs: each hands on a du of its own
+FEW = {16: 16, 32: 16, 64: 24}
 X_RANK = 16  # up to which they make dA, too
-# microseconds that 64 rows take of it, for each block of x, for each projection; bytes of x in one by a kernel after the
-# product; what each program adds by handing on a du
-X_TILE, X_BLOCK, X_SMALL, AFTER, HANDED_ON = 0.1, 0.1, 0.05, 2.0e6, 0.3
+# microseconds that 64 rows take of it, for each block of x, for each projection; bytes of x in one by a kernel after the product
+X_TILE, X_BLOCK, X_SMALL, AFTER = 0.1, 0.1, 0.05, 2.0e6
+X_LEAST = 15.0  # that it must gain
+# a product's tile from which on cutting the last ones was seen to gain, with the pass over dy alone beside it
+LONG = 100.0
 
 
 class Pass(NamedTuple):
@@ -81,6 +86,7 @@ class Form(NamedTuple):
         """Microseconds beside a product."""
         small = X_SMALL * layout.count * (2 if layout.split else 1)
         of_dy = ROW_TILE[self.rank][self.blocks] * (1.75 if layout.split else 1.0)
+        of_dy *= OF_THREE[self.rank] if layout.count == MOST else 1.0
         of_x = (X_TILE + X_BLOCK * self.x_blocks + small) * cdiv(self.stripes(width), programs)
         return cdiv(rows, ROWS.value) * (of_dy + of_x)
 
@@ -88,26 +94,44 @@ class Form(NamedTuple):
 def best(
     layout: Layout, rows: int, ns: tuple[int, ...], width: int, sms: int, over_x: bool = True
 ) -> tuple[Form, Cut] | None:
-    """The form with which all ends first, and the product's cut; of few programs, if it can be: each hands on a du.
-
-    ``width``: of x, which it may go over as well.
-    """
-    forms = [
-        form for blocks in ROW_TILE[16] for x in ((0, 2, 4) if over_x else (0,)) if (form := Form.of(layout, blocks, x))
-    ]
-    few = [form for form in forms if sum(form.programs(ns)) <= FEW] or forms[-1:]
+    """The form with which all ends first, and the product's cut; ``width``: of x, which it may go over as well."""
     m_tiles, n_tiles, tile = cdiv(rows, BLOCK_M.value), cdiv(width, BLOCK_N.value), TILE * sum(ns)
 
-    def end(form: Form) -> tuple[float, int, Form, Cut]:
+    def end(form: Form) -> tuple[float, Cut]:
         programs = sum(form.programs(ns))
         busy = form.busy(rows, width, layout, programs)
-        ends, cut = best_cut(busy, programs, m_tiles * n_tiles, tile, sms, 2 * layout.count)
-        after = 0.0 if form.x_blocks else 2 * rows * width / AFTER
-        return ends + after + HANDED_ON * programs, programs, form, cut
+        if tile < LONG and not form.x_blocks:
+            tiles = m_tiles * n_tiles
+            ends, cut = finished(busy, programs, tiles, tile, sms), Cut(2 * layout.count, tiles, 0, 1)
+        else:
+            ends, cut = best_cut(busy, programs, m_tiles * n_tiles, tile, sms, 2 * layout.count)
+        return ends + (0.0 if form.x_blocks else 2 * rows * width / AFTER), cut
 
+    def with_lateness(form: Form) -> tuple[float, int]:
+        programs = sum(form.programs(ns))
+        busy = form.busy(rows, width, layout, programs)
+        late = lateness(m_tiles, n_tiles, tile, sms - programs, lambda tiles: busy * tiles / m_tiles)
+        return finished(busy, programs, m_tiles * n_tiles, tile, sms) + late, programs
+
+    forms = [form for blocks in ROW_TILE[16] if (form := Form.of(layout, blocks))]
+    few = [form for form in forms if sum(form.programs(ns)) <= FEW[form.rank]] or forms[-1:]
     # all must be there at once, beside another stream's as well
-    found = min((end(form) for form in few if sum(form.programs(ns)) <= sms // 2), default=None)
-    return found and found[2:]
+    few = [form for form in few if sum(form.programs(ns)) <= sms // 2]
+    if not few:
+        return None
+    found = min(few, key=with_lateness)
+    ends, cut = end(found)
+    # two 16-bit parts of du for each tile: what more than these takes was slower
+    tried = [(2, 2), (4, 2)] if layout.split else [(b, x) for b in sorted({2, 4, found.blocks}) for x in (2, 4)]
+    bound = ends - X_LEAST
+    for blocks, x_blocks in tried if over_x else ():
+        form = Form.of(layout, blocks, x_blocks)
+        if form is None or sum(form.programs(ns)) > FEW[form.rank]:
+            continue
+        sooner, its_cut = end(form)
+        if sooner < bound:
+            found, bound, cut = form, sooner, its_cut
+    return found, cut
 
 
 @lru_cache(KEPT)

@@ -96,7 +96,7 @@ def test_sigterm_saves_and_a_later_start_goes_on(checkpoint, tmp_path, straight)
         while not (told.exists() and told.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
         started.send_signal(signal.SIGTERM)
-        out, _ = started.communicate(timeout=60)
+        out, _ = started.communicate(timeout=300)
     # the signal may be quicker than the next step
     (step,) = complete(tmp_path / "default/checkpoints")
     assert step in (1, 2) and f"stopped by SIGTERM after step {step}; start again to go on" in out, out
