@@ -26,7 +26,7 @@ from m3kernels.ops._prepared import KEPT, Prepared
 LOADED = 200 * 1024  # bytes of tiles
 MOST_STAGES = 10
 MOST_COLUMNS = 256  # of t
-# columns in one pass, parts of A counted; beyond 128, so many more beside them. Of more, each layer reads x from the cache again
+# columns of t in one pass, and how many more may stand beside those; of more, each layer reads x from the cache again
 AT_ONCE, REST = 128, 64
 NARROW = 32  # rows of A up to which fewer, larger tiles are faster
 
@@ -145,7 +145,7 @@ def lora_x_kernel(
 
 
 class Form(NamedTuple):
-    """Passes over x and columns of t of one; columns (a power of 2) and k in a tile, columns beside it; stages."""
+    """Passes over x and columns of t of one; columns in a tile (a power of 2) and beside it; k of both; stages."""
 
     passes: int
     columns: int
