@@ -115,7 +115,9 @@ def test_ctrl_c_leaves_what_there_is(capsys, scripted, stream, tmp_path):
 def test_a_signal_ends_a_stream_with_what_there_is(tmp_path):
     """A process and a real Ctrl-C: the answer would never end."""
     code = (
-        "import sys, time; sys.path[:0] = sys.argv[1].split(',')\n"
+        # a shell's background jobs ignore Ctrl-C, and so does what they start
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.path[:0] = sys.argv[1].split(',')\n"
         "from test_session import Script, ids\n"
         "from m3kernels.cli import main; from m3kernels.models.generation import engine\n"
         "class Slow(Script):\n"
