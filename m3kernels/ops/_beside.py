@@ -177,11 +177,13 @@ def finished_in_pieces(busy: float, programs: int, tiles: int, tile: float, sms:
     return late + JOINED * pieces, min(tiles, done(late)[0])
 
 
-def best_cut(busy: float, programs: int, tiles: int, tile: float, sms: int, makers: int) -> tuple[float, Cut]:
-    """When the product ends if it is cut as is best, and that cut."""
+def best_cut(
+    busy: float, programs: int, tiles: int, tile: float, sms: int, makers: int, into: tuple[int, ...] = PIECES
+) -> tuple[float, Cut]:
+    """When the product ends if it is cut as is best, and that cut; ``into``: as many pieces as any of these, or none."""
     uncut = finished(busy, programs, tiles, tile, sms)
     found = uncut, Cut(makers, tiles, 0, 1)
-    for pieces in PIECES:
+    for pieces in into:
         end, whole = finished_in_pieces(busy, programs, tiles, tile, sms, pieces)
         if end < min(found[0], uncut - LEAST):
             found = end, Cut(makers, whole, tiles - whole, pieces)

@@ -81,7 +81,6 @@ def _prepared(
         beyond = (*first[1:count], *[n_tiles] * (MOST - count))
     lefts = [Matrix(m, k, stride, *left) for k, stride in zip(ks, strides)]
     outs = [Matrix(m, n, n, *piece) for n in ns]
-    last = lambda found: [*found, *found[-1:] * (MOST - len(found))]
     units = (cut.whole, cut.pieces, cut.units()) if cut else (m_tiles * n_tiles, 1, m_tiles * n_tiles)
     # where the second and the third output begin
     starts, k_tiles = (sum(ns[:1]), sum(ns[:2])), tuple(cdiv(k, BLOCK_K.value) for k in ks)
@@ -112,7 +111,7 @@ def _prepared(
             "maxnreg": 168,
         }
         | ({"launch_pdl": True} if overlaps else {}),
-        (None, None, None, *last(lefts), *last(weights), t, low, *last(outs)),
+        (None, None, None, *three(lefts), *three(weights), t, low, *three(outs)),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from m3kernels.ops._beside import BLOCK_M, TILE, Cut, best_cut, finished, lateness
+from m3kernels.ops._beside import BLOCK_M, PIECES, TILE, Cut, best_cut, finished, lateness
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_N
 from m3kernels.ops._linear_launch import Matrix
@@ -100,11 +100,8 @@ def best(
     def end(form: Form) -> tuple[float, Cut]:
         programs = sum(form.programs(ns))
         busy = form.busy(rows, width, layout, programs)
-        if tile < LONG and not form.x_blocks:
-            tiles = m_tiles * n_tiles
-            ends, cut = finished(busy, programs, tiles, tile, sms), Cut(2 * layout.count, tiles, 0, 1)
-        else:
-            ends, cut = best_cut(busy, programs, m_tiles * n_tiles, tile, sms, 2 * layout.count)
+        into = PIECES if tile >= LONG or form.x_blocks else ()
+        ends, cut = best_cut(busy, programs, m_tiles * n_tiles, tile, sms, 2 * layout.count, into)
         return ends + (0.0 if form.x_blocks else 2 * rows * width / AFTER), cut
 
     def with_lateness(form: Form) -> tuple[float, int]:
@@ -162,7 +159,6 @@ def prepared(
     )  # fmt: skip
     ys = [Matrix(rows, n, n, (ROWS.value, COLS.value), Y_TILE.value) for n in ns]
     his, los = ([t_of(j, part) for j in range(layout.count)] for part in (0, parts - 1))
-    last = lambda found: [*found, *found[-1:] * (3 - len(found))]
     total, du_stride = sum(programs), layout.count * layout.padded
     x = Matrix(rows, width, stride, (ROWS.value, COLS.value), Y_TILE.value)
     du = Matrix(rows, du_stride, du_stride, (ROWS.value, form.rank), t_tile)
@@ -189,7 +185,7 @@ def prepared(
         {"RANK": form.rank, "BLOCKS": form.blocks, "X_BLOCKS": form.x_blocks, "JOINT": layout.count, "PARTS": parts}
         | {"SCALED": scaled, "STAGES": form.stages, "T_STAGES": form.t_stages, "T_TILE": t_tile, "B_TILE": b_tile}
         | {"num_warps": 4, "maxnreg": 128, "launch_pdl": True},
-        (*last(ys), *last(his), *last(los), x, du, *[None] * 10),
+        (*three(ys), *three(his), *three(los), x, du, *[None] * 10),
     )
     return Pass(
         run,

@@ -85,9 +85,9 @@ def columns_of(rank: int) -> int:
     return max(16, next_power_of_2(rank))
 
 
-def three(tensors: list[Tensor]) -> list[Tensor]:
-    """As many as a kernel takes; the last one again where there are fewer."""
-    return [*tensors, *(tensors[-1:] * (MOST - len(tensors)))]
+def three(given: list) -> list:
+    """As many tensors, or descriptions of them, as a kernel takes; the last one again where there are fewer."""
+    return [*given, *(given[-1:] * (MOST - len(given)))]
 
 
 def fill(numbers: tuple, nothing: float) -> tuple:

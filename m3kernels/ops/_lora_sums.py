@@ -122,9 +122,8 @@ class Adding(NamedTuple):
     ) -> "Adding":  # fmt: skip
         """``overlaps``: right behind a product that lets it begin; ``dtype``: of the sums; ``plan``: of one pass over dy."""
         run, slabs, arrivals = None, 0, 0
-        if plan and plan.makes_da:
-            pass  # nothing is left to sum
-        elif not by_cublas(layout, dropout, x.device, x.dtype) or (plan and _sums_fit(layout)):
+        own = not by_cublas(layout, dropout, x.device, x.dtype) or (plan and _sums_fit(layout))
+        if own and not (plan and plan.makes_da):
             ns = () if plan else tuple(ns)
             run, slabs, arrivals = _outer(
                 layout, x.shape[0], ns, x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps,

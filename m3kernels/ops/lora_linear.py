@@ -158,7 +158,8 @@ def _backward(
     sums, adding, plan, work = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None, None
     if need_adapters:
         plan = one_pass(dys, x, layout, many_b, scalings, scales is not None, dropout)
-        overlaps = need_x and lets_begin(dzs, weights, layout, dropout, plan)
+        # what else makes dA is launched after the product
+        overlaps = need_x and not (plan and plan.makes_da) and lets_begin(dzs, weights, layout, dropout, plan)
         adding = adding_up.Adding.of(x, ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype, plan)
     # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
     if plan:

@@ -12,19 +12,19 @@ from m3kernels.ops._lora_launch import Layout  # noqa: E402
 SMS = 132
 
 
-def simulated(busy, programs, tiles, tile):
-    """The counter's own order: each multiprocessor takes the next tile when it is free."""
+def simulated(busy, programs, lengths):
+    """The counter's own order: each multiprocessor takes the next tile or piece when it is free."""
     free = [busy] * programs + [0.0] * (SMS - programs)
-    for _ in range(tiles):
+    for length in lengths:
         first = min(range(SMS), key=free.__getitem__)
-        free[first] += tile
+        free[first] += length
     return max(free)
 
 
 @pytest.mark.parametrize("tiles", [132, 384, 512, 768, 1001])
 @pytest.mark.parametrize(("busy", "programs"), [(10.0, 4), (33.0, 12), (50.0, 16), (95.0, 7), (400.0, 3)])
 def test_the_end_is_that_of_a_counter(tiles, busy, programs):
-    assert beside.finished(busy, programs, tiles, 33.0, SMS) == pytest.approx(simulated(busy, programs, tiles, 33.0))
+    assert beside.finished(busy, programs, tiles, 33.0, SMS) == pytest.approx(simulated(busy, programs, [33.0] * tiles))
 
 
 @pytest.mark.parametrize("pieces", beside.PIECES)
@@ -35,11 +35,7 @@ def test_pieces_end_as_the_counter_has_them(tiles, busy, programs, pieces):
     tile = 70.0
     end, whole = beside.finished_in_pieces(busy, programs, tiles, tile, SMS, pieces)
     piece = tile / pieces + beside.HANDED
-    free = [busy] * programs + [0.0] * (SMS - programs)
-    for length in [tile] * whole + [piece] * ((tiles - whole) * pieces):
-        first = min(range(SMS), key=free.__getitem__)
-        free[first] += length
-    last = max(max(free), busy)
+    last = simulated(busy, programs, [tile] * whole + [piece] * ((tiles - whole) * pieces))
     joined = beside.JOINED * pieces
     assert last - 0.1 <= end - joined <= last + piece
     assert end <= beside.finished(busy, programs, tiles, tile, SMS) + joined + 0.1

@@ -1,7 +1,6 @@
 """Adapters beside what every op is tested for: layers of one input, fp32 adapters, dropout's masks, refusals."""
 
 import dataclasses
-from dataclasses import replace
 
 import pytest
 import torch
@@ -167,7 +166,7 @@ def test_a_product_writes_nothing_that_the_pass_beside_it_reads(width, ns, rank,
 
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     _, layers = layers_of(width, ns, rank, HALF, HALF)
-    layers = [replace(p, weight=p.weight.detach()) for p in layers]
+    layers = [dataclasses.replace(p, weight=p.weight.detach()) for p in layers]
     x = torch.randn(4096, width, device=DEVICE).to(HALF).requires_grad_()
     dys = [torch.randn(4096, n, device=DEVICE).to(HALF) for n in ns]
     torch.cuda.empty_cache()  # the only memory to be had again is what these calls let go of
