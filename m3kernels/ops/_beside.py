@@ -139,10 +139,11 @@ ONE, ALL = 90e3, 2.4e6
 TILE = 0.0108
 # what a pass may be slower than its model before the product waits for it
 MARGIN = 1.1
-# into how many pieces a tile may be cut; microseconds that each takes longer, and that adding one up takes; measured, too
-PIECES, HANDED, JOINED = (2, 4), 6.0, 4.0
-# what a cut must gain: less is within what the model does not know
-LEAST = 15.0
+# into how many pieces a tile may be cut; microseconds that each takes longer, that adding one up takes, and what the way of all
+# through the cache costs for each; measured, too
+PIECES, HANDED, JOINED, PASSED = (2, 4), 6.0, 2.0, 0.15
+# what a cut must gain, a fortieth at least, and where several programs share columns: such a pass is nearer to its model
+LEAST, LEAST_SHARED = 10.0, 4.0
 
 
 def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> float:
@@ -158,34 +159,37 @@ def finished(busy: float, programs: int, tiles: int, tile: float, sms: int) -> f
 
 
 def finished_in_pieces(busy: float, programs: int, tiles: int, tile: float, sms: int, pieces: int) -> tuple[float, int]:
-    """(When :func:`finished` if the last tiles are cut into ``pieces``, how many are not cut)."""
-    piece = tile / pieces + HANDED
+    """(When :func:`finished` if what whole waves leave over is cut into ``pieces``, how many tiles are not cut)."""
+    # a multiprocessor that streamed may begin a last whole tile where it ends half of one after the others, or not
+    return min(_in_pieces(busy, programs, tiles, tile, sms, pieces, after) for after in (0.0, 0.5))
 
-    def done(moment: float) -> tuple[int, int]:
-        whole = parts = 0
-        for many, there in ((sms - programs, moment), (programs, max(0.0, moment - busy))):
-            each = int(there / tile + 1e-6)
-            whole += many * each
-            parts += many * int((there - each * tile) / piece + 1e-6)
-        return whole, parts
 
-    early, late = busy, finished(busy, programs, tiles, tile, sms)
-    while late - early > 0.1:
-        moment = (early + late) / 2
-        whole, parts = done(moment)
-        early, late = (early, moment) if whole + parts // pieces >= tiles else (moment, late)
-    return late + JOINED * pieces, min(tiles, done(late)[0])
+def _in_pieces(busy, programs, tiles, tile, sms, pieces, after) -> tuple[float, int]:
+    """The same where those that streamed end up to ``after`` tiles later."""
+    others, whole, wave, late = sms - programs, 0, 0, 0
+    while True:
+        more = max(0, int(wave + 1 + after - busy / tile + 1e-6))
+        if others * (wave + 1) + programs * more > tiles:
+            break
+        wave, late = wave + 1, more
+    whole, piece = others * wave + programs * late, tile / pieces + HANDED
+    left, free = (tiles - whole) * pieces, ((others, wave * tile), (programs, busy + late * tile))
+    done = lambda moment: sum(many * max(0, int((moment - at) / piece + 1e-6)) for many, at in free)
+    moments = sorted(at + n * piece for _, at in free for n in range(cdiv(left, others) + 1))
+    end = next(moment for moment in moments if done(moment) >= left)
+    return max(end, free[0][1], free[1][1]) + JOINED * pieces + PASSED * left, whole
 
 
 def best_cut(
-    busy: float, programs: int, tiles: int, tile: float, sms: int, makers: int, into: tuple[int, ...] = PIECES
-) -> tuple[float, Cut]:
+    busy: float, programs: int, tiles: int, tile: float, sms: int, makers: int, into: tuple[int, ...] = PIECES,
+    least: float = LEAST,
+) -> tuple[float, Cut]:  # fmt: skip
     """When the product ends if it is cut as is best, and that cut; ``into``: as many pieces as any of these, or none."""
     uncut = finished(busy, programs, tiles, tile, sms)
     found = uncut, Cut(makers, tiles, 0, 1)
     for pieces in into:
         end, whole = finished_in_pieces(busy, programs, tiles, tile, sms, pieces)
-        if end < min(found[0], uncut - LEAST):
+        if whole < tiles and end < min(found[0], uncut - max(least, uncut / 40)):
             found = end, Cut(makers, whole, tiles - whole, pieces)
     return found
 

@@ -35,21 +35,21 @@ Y_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat1
 
 
 @gluon.jit
-def _produce(ys, ts, d_x, d_du, p_work, memory, which, first, row_tiles, rank, padded, makers, stripes, BLOCKS: gl.constexpr,
-             X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+def _produce(ys, ts, d_x, d_du, p_work, memory, which, first, own, row_tiles, rank, padded, makers, stripes,
+             BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
              T_STAGES: gl.constexpr):  # fmt: skip
     # t comes from the forward; the kernel before this one cleared what the next one counts by
     gdc_wait()
     gdc_launch_dependents()
     if which == 0:
-        _load(ys[0], ts[0], memory, first, row_tiles, BLOCKS, PARTS, STAGES, T_STAGES)
+        _load(ys[0], ts[0], memory, first, own, BLOCKS, PARTS, STAGES, T_STAGES)
     elif which == 1:
-        _load(ys[1], ts[1], memory, first, row_tiles, BLOCKS, PARTS, STAGES, T_STAGES)
+        _load(ys[1], ts[1], memory, first, own, BLOCKS, PARTS, STAGES, T_STAGES)
     else:
-        _load(ys[2], ts[2], memory, first, row_tiles, BLOCKS, PARTS, STAGES, T_STAGES)
+        _load(ys[2], ts[2], memory, first, own, BLOCKS, PARTS, STAGES, T_STAGES)
     if X_BLOCKS:
         await_all(p_work + READY, row_tiles // 2, makers)
-        count, t_count = row_tiles * BLOCKS, row_tiles
+        count, t_count = 2 * own[2] * BLOCKS, 2 * own[2]
         for stripe in range(gl.program_id(0), stripes, gl.num_programs(0)):
             for m in range(0, row_tiles):
                 for j in gl.static_range(JOINT):
@@ -61,12 +61,20 @@ def _produce(ys, ts, d_x, d_du, p_work, memory, which, first, row_tiles, rank, p
 
 
 @gluon.jit
-def _load(d_y, d_t, memory, first, row_tiles, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+def _rows_of(step, own):
+    """The tile of 64 rows that a program takes in a step; ``own``: (its share of the tiles of 128, of how many, its number)."""
+    share, shares, _ = own
+    return 2 * (share + step // 2 * shares) + step % 2
+
+
+@gluon.jit
+def _load(d_y, d_t, memory, first, own, BLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
           T_STAGES: gl.constexpr):  # fmt: skip
-    for m in range(0, row_tiles):
-        _load_small(d_t, memory, m, m * ROWS, 0, 0, PARTS, T_STAGES)
+    for step in range(0, 2 * own[2]):
+        row = _rows_of(step, own) * ROWS
+        _load_small(d_t, memory, step, row, 0, 0, PARTS, T_STAGES)
         for i in range(0, BLOCKS):
-            _load_block(d_y, memory, m * BLOCKS + i, m * ROWS, (first + i) * COLS, STAGES)
+            _load_block(d_y, memory, step * BLOCKS + i, row, (first + i) * COLS, STAGES)
 
 
 @gluon.jit
@@ -105,10 +113,53 @@ def _fill_b(p_b, p_scale, s_hi, s_lo, col, n_cols, rank, RANK: gl.constexpr, PAR
 
 
 @gluon.jit
-def _stream(bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, row_tiles, ns, width, rank, scalings, stripes,
-            own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr, JOINT: gl.constexpr,
-            PARTS: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr):  # fmt: skip
-    """du and dB of every second block of columns, from ``own`` on, then dA of those of x."""
+def _put_db(db, p_db, p_scale, factor, o_col, o_r, before, n_cols, rank, SCALED: gl.constexpr):
+    """Numbers of dB, times DoRA's scale of each column of dy."""
+    db *= factor
+    if SCALED:
+        db *= gl.load(p_scale + o_col, mask=o_col < n_cols, other=0.0)[:, None]
+    o_db = (before + o_col)[:, None].to(gl.int64) * rank + o_r[None, :]
+    gl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=(o_col < n_cols)[:, None] & (o_r < rank)[None, :])
+
+
+@gluon.jit
+def _share_db(sums, p_slabs, p_arrived, p_db, p_scale, factor, first, lane, own, before, n_cols, rank, half: gl.constexpr,
+              RANK: gl.constexpr, BLOCKS: gl.constexpr, SCALED: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Leaves dB of these rows; as soon as all shares have, adds up a part of the columns, in the order of the shares."""
+    HALF: gl.constexpr = BLOCKS // 2
+    SOME: gl.constexpr = SUMMED // RANK  # columns that are added up at once
+    share, shares, _ = own
+    size: gl.constexpr = HALF * COLS * RANK
+    p_lane = p_slabs + ((lane * 2 + half) * shares).to(gl.int64) * size
+    o_n, o_r = gl.arange(0, COLS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    for c in gl.static_range(HALF):
+        gl.store(p_lane + share * size + c * (COLS * RANK) + o_n[:, None] * RANK + o_r[None, :], sums[c])
+    gl.thread_barrier()
+    p_count = p_arrived + lane * 2 + half
+    gl.atomic_add(p_count, 1, sem="release", scope="gpu")
+    await_count(p_count, shares)
+    gl.thread_barrier()
+    across: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
+    o_some, o_r = gl.arange(0, SOME, gl.SliceLayout(1, across)), gl.arange(0, RANK, gl.SliceLayout(0, across))
+    o_sum = o_some[:, None] * RANK + o_r[None, :]
+    for unit in range(share, HALF * COLS // SOME, shares):
+        total = gl.zeros([SOME, RANK], gl.float32, across)
+        for at in range(0, shares, AT_ONCE):
+            for k in gl.static_range(AT_ONCE):
+                p_share = p_lane + (at + k) * size + unit * SUMMED
+                there = (o_sum >= 0) & (at + k < shares)
+                total += gl.load(p_share + o_sum, mask=there, other=0.0, cache_modifier=".cg")
+        column = unit * SOME
+        col = (first + 2 * (column // COLS) + half) * COLS + column % COLS
+        _put_db(total, p_db, p_scale, factor, col + o_some, o_r, before, n_cols, rank, SCALED)
+
+
+@gluon.jit
+def _stream(bs, p_scale, p_part, p_slabs, p_arrived, p_db, p_da, s_b, s_du, memory, which, first, lane, own, row_tiles, ns, width,
+            rank, scalings, stripes, half: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr,
+            JOINT: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
+            T_STAGES: gl.constexpr):  # fmt: skip
+    """du and dB of every second block of columns, from ``half`` on, then dA of those of x."""
     HALF: gl.constexpr = BLOCKS // 2
     s_y, s_t, full, empty, t_full, t_empty, half_full, half_empty, stored, told = memory
     before = gl.where(which == 0, 0, gl.where(which == 1, ns[0], ns[0] + ns[1]))
@@ -119,7 +170,7 @@ def _stream(bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, ro
     elif which == 2:
         p_b = bs[2]
     for c in gl.static_range(HALF):
-        i = 2 * c + own
+        i = 2 * c + half
         s_hi, s_lo, col = s_b.index(i * PARTS), s_b.index(i * PARTS + PARTS - 1), (first + i) * COLS
         _fill_b(p_b, p_scale + before, s_hi, s_lo, col, n_cols, rank, RANK, PARTS, SCALED)
     fence_async_shared()
@@ -131,16 +182,16 @@ def _stream(bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, ro
     sums = ()
     for _ in gl.static_range(HALF):
         sums = sums + (gl.zeros([COLS, RANK], gl.float32, layout),)
-    for m in range(0, row_tiles):
-        t_slot = m % T_STAGES
-        mbarrier.wait(t_full.index(t_slot), m // T_STAGES & 1)
+    for step in range(0, 2 * own[2]):
+        t_slot = step % T_STAGES
+        mbarrier.wait(t_full.index(t_slot), step // T_STAGES & 1)
         du = gl.zeros([ROWS, RANK], gl.float32, layout)
         # zero, unknown to the compiler: it would keep every block's addresses in registers
-        zero = m // FAR
+        zero = step // FAR
         added = ()
         for c in gl.static_range(HALF):
-            i = 2 * c + own + zero
-            count = m * BLOCKS + i
+            i = 2 * c + half + zero
+            count = step * BLOCKS + i
             slot = count % STAGES
             db = sums[c]
             mbarrier.wait(full.index(slot), count // STAGES & 1)
@@ -152,47 +203,46 @@ def _stream(bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, ro
             added = added + (db,)
         sums = added
         mbarrier.arrive(t_empty.index(t_slot), count=1)
-        if own == 1:
-            mbarrier.wait(half_empty, (m & 1) ^ 1)
+        if half == 1:
+            mbarrier.wait(half_empty, (step & 1) ^ 1)
             s_du.store(du)
             gl.thread_barrier()
             mbarrier.arrive(half_full, count=1)
         else:
-            mbarrier.wait(half_full, m & 1)
+            mbarrier.wait(half_full, step & 1)
             du += s_du.load(layout)
             gl.thread_barrier()
             mbarrier.arrive(half_empty, count=1)
-            p_rows = p_part + (gl.program_id(0) * row_tiles + m).to(gl.int64) * (ROWS * RANK)
+            p_rows = p_part + (lane * row_tiles + _rows_of(step, own)).to(gl.int64) * (ROWS * RANK)
             gl.store(p_rows + o_m[:, None] * RANK + o_r[None, :], du)
-            if m % 2 == 1:
-                tile = m // 2
+            if step % 2 == 1:
+                tile = step // 2
                 mbarrier.wait(told.index(tile % TOLD), (tile // TOLD & 1) ^ 1)
                 gl.thread_barrier()
                 mbarrier.arrive(stored.index(tile % TOLD), count=1)
     factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
-    for c in gl.static_range(HALF):
-        o_col = (first + 2 * c + own) * COLS + o_n
-        db = sums[c] * factor
-        if SCALED:
-            db *= gl.load(p_scale + before + o_col, mask=o_col < n_cols, other=0.0)[:, None]
-        o_db = (before + o_col)[:, None].to(gl.int64) * rank + o_r[None, :]
-        gl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=(o_col < n_cols)[:, None] & (o_r < rank)[None, :])
+    if SHARED:
+        _share_db(sums, p_slabs, p_arrived, p_db, p_scale + before, factor, first, lane, own, before, n_cols, rank, half, RANK,
+                  BLOCKS, SCALED, layout)  # fmt: skip
+    else:
+        for c in gl.static_range(HALF):
+            o_col = (first + 2 * c + half) * COLS + o_n
+            _put_db(sums[c], p_db, p_scale + before, factor, o_col, o_r, before, n_cols, rank, SCALED)
     if X_BLOCKS:
-        _stream_x(
-            p_da, memory, row_tiles, width, rank, stripes, own, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES
-        )
+        sizes = (2 * own[2], row_tiles, width, rank, stripes)
+        _stream_x(p_da, memory, sizes, half, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES)
 
 
 @gluon.jit
-def _stream_x(p_da, memory, row_tiles, width, rank, stripes, own: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr,
-              X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-              T_STAGES: gl.constexpr):  # fmt: skip
-    """dA of all projections, of every second block of columns of x."""
+def _stream_x(p_da, memory, sizes, half: gl.constexpr, RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr,
+              JOINT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr):  # fmt: skip
+    """dA of all projections, of every second block of columns of x, after ``steps`` over dy."""
+    steps, row_tiles, width, rank, stripes = sizes
     HALF: gl.constexpr = X_BLOCKS // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANK, 16])
     s_x, s_du, full, empty, t_full, t_empty = memory[0], memory[1], memory[2], memory[3], memory[4], memory[5]
     o_r, o_n = gl.arange(0, RANK, gl.SliceLayout(0, layout)), gl.arange(0, COLS, gl.SliceLayout(1, layout))
-    count, t_count = row_tiles * BLOCKS, row_tiles
+    count, t_count = steps * BLOCKS, steps
     for stripe in range(gl.program_id(0), stripes, gl.num_programs(0)):
         sums = ()
         for _ in gl.static_range(HALF * JOINT):
@@ -202,7 +252,7 @@ def _stream_x(p_da, memory, row_tiles, width, rank, stripes, own: gl.constexpr, 
                 mbarrier.wait(t_full.index((t_count + j) % T_STAGES), (t_count + j) // T_STAGES & 1)
             added = ()
             for c in gl.static_range(HALF):
-                place = count + 2 * c + own
+                place = count + 2 * c + half
                 slot = place % STAGES
                 mbarrier.wait(full.index(slot), place // STAGES & 1)
                 for j in gl.static_range(JOINT):
@@ -215,13 +265,13 @@ def _stream_x(p_da, memory, row_tiles, width, rank, stripes, own: gl.constexpr, 
             if HALF * JOINT == 1:
                 sums = (sums,)  # of one, Gluon gives no tuple
             for c in gl.static_range(HALF):
-                mbarrier.arrive(empty.index((count + 2 * c + own) % STAGES), count=1)
+                mbarrier.arrive(empty.index((count + 2 * c + half) % STAGES), count=1)
             for j in gl.static_range(JOINT):
                 mbarrier.arrive(t_empty.index((t_count + j) % T_STAGES), count=1)
             count += X_BLOCKS
             t_count += JOINT
         for c in gl.static_range(HALF):
-            o_col = (stripe * X_BLOCKS + 2 * c + own) * COLS + o_n
+            o_col = (stripe * X_BLOCKS + 2 * c + half) * COLS + o_n
             mask = (o_col < width)[:, None] & (o_r < rank)[None, :]
             for j in gl.static_range(JOINT):
                 o_da = (j * rank + o_r).to(gl.int64)[None, :] * width + o_col[:, None]
@@ -229,23 +279,25 @@ def _stream_x(p_da, memory, row_tiles, width, rank, stripes, own: gl.constexpr, 
 
 
 @gluon.jit
-def _tell(p_arrived, memory, which, row_tiles):
+def _tell(p_arrived, memory, which, own, row_tiles):
     """Counts this program's parts of du.
 
     In a warp of its own: the fence waits a microsecond for what was stored, longer than the products of a tile take.
     """
     gdc_wait()
     stored, told = memory[8], memory[9]
-    for tile in range(0, row_tiles // 2):
-        mbarrier.wait(stored.index(tile % TOLD), tile // TOLD & 1)
+    share, shares, tiles = own
+    for i in range(0, tiles):
+        mbarrier.wait(stored.index(i % TOLD), i // TOLD & 1)
+        tile = share + i * shares
         gl.atomic_add(p_arrived + which * (row_tiles // 2) + tile, 1, sem="release", scope="gpu")
-        mbarrier.arrive(told.index(tile % TOLD), count=1)
+        mbarrier.arrive(told.index(i % TOLD), count=1)
 
 
 @gluon.jit
 def _sum(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows, rank, padded, du_stride, scalings,
          RANK: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """du of every so many tiles of 64 rows, of all projections; of each, ``many`` programs from ``begins`` on have parts."""
+    """du of every so many tiles of 64 rows, of all projections; of each, ``many`` lanes from ``begins`` on have parts."""
     gdc_wait()
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
     # few enough that several parts are on their way
@@ -258,15 +310,15 @@ def _sum(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows, 
         tile = m // 2
         factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
         begin = gl.where(which == 0, 0, gl.where(which == 1, begins[0], begins[1]))
-        programs = gl.where(which == 0, many[0], gl.where(which == 1, many[1], many[2]))
-        await_count(p_arrived + which * (row_tiles // 2) + tile, programs)
+        lanes = gl.where(which == 0, many[0], gl.where(which == 1, many[1], many[2]))
+        await_count(p_arrived + which * (row_tiles // 2) + tile, lanes)
         gl.thread_barrier()
         for row in range(m * ROWS, (m + 1) * ROWS, SOME):
             total = gl.zeros([SOME, RANK], gl.float32, layout)
-            for first in range(0, programs, AT_ONCE):
+            for first in range(0, lanes, AT_ONCE):
                 for k in gl.static_range(AT_ONCE):
                     p_rows = p_part + (begin + first + k).to(gl.int64) * size + row.to(gl.int64) * RANK
-                    there = (o_part >= 0) & (first + k < programs)
+                    there = (o_part >= 0) & (first + k < lanes)
                     total += gl.load(p_rows + o_part, mask=there, other=0.0, cache_modifier=".cg")
             total *= factor
             mask = (row + o_m < rows)[:, None] & (o_r < rank)[None, :]
@@ -280,7 +332,7 @@ def _sum(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows, 
 
 
 VARYING = (
-    "n1 n2 n3 rows row_tiles width rank padded du_stride count stripes begin2 begin3 programs1 programs2 programs3"
+    "n1 n2 n3 rows row_tiles width rank padded du_stride count stripes begin2 begin3 lanes1 lanes2 lanes3 lanes shares slabs_at"
 ).split()
 
 
@@ -288,9 +340,10 @@ VARYING = (
 def lora_dy_kernel(
     d_y1, d_y2, d_y3, d_hi1, d_hi2, d_hi3, d_lo1, d_lo2, d_lo3, d_x, d_du, p_b1, p_b2, p_b3, p_scale, p_part, p_du, p_db, p_da,
     p_work, p_arrived, s1, s2, s3, n1, n2, n3, rows, row_tiles, width, rank, padded, du_stride, count, stripes,
-    begin2, begin3, programs1, programs2, programs3,
+    begin2, begin3, lanes1, lanes2, lanes3, lanes, shares, slabs_at,
     RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr,
-    SCALED: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr, T_TILE: gl.constexpr, B_TILE: gl.constexpr,
+    SCALED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr, T_TILE: gl.constexpr,
+    B_TILE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_y1.dtype
     s_y = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS], Y_TILE)
@@ -320,24 +373,29 @@ def lora_dy_kernel(
     memory = (s_y, s_t, full, empty, t_full, t_empty, half_full, half_empty, stored, told)
     ys, bs, ns, scalings = (d_y1, d_y2, d_y3), (p_b1, p_b2, p_b3), (n1, n2, n3), (s1, s2, s3)
     ts = ((d_hi1, d_lo1), (d_hi2, d_lo2), (d_hi3, d_lo3))
-    program = gl.program_id(0)
-    which = (program >= begin2).to(gl.int32) + (program >= begin3).to(gl.int32)
+    lane, share = gl.program_id(0) % lanes, gl.program_id(0) // lanes
+    own = (share, shares, (row_tiles // 2 - share + shares - 1) // shares)
+    which = (lane >= begin2).to(gl.int32) + (lane >= begin3).to(gl.int32)
     begin = gl.where(which == 0, 0, gl.where(which == 1, begin2, begin3))
-    first = (program - begin) * BLOCKS
+    first = (lane - begin) * BLOCKS
+    # behind the counts of du's parts, those of dB's
+    p_slabs, p_shared = p_part + slabs_at.to(gl.int64), p_arrived + count * (row_tiles // 2)
     # named: a number written into the lists below is no constexpr
     even: gl.constexpr = 0
     odd: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_stream, (bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, row_tiles, ns, width, rank, scalings,
-                       stripes, even, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, STAGES, T_STAGES)),
-            (_stream, (bs, p_scale, p_part, p_db, p_da, s_b, s_du, memory, which, first, row_tiles, ns, width, rank, scalings,
-                       stripes, odd, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, STAGES, T_STAGES)),
-            (_sum, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (programs1, programs2, programs3), count, row_tiles, rows,
+            (_stream, (bs, p_scale, p_part, p_slabs, p_shared, p_db, p_da, s_b, s_du, memory, which, first, lane, own, row_tiles,
+                       ns, width, rank, scalings, stripes, even, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, SHARED, STAGES,
+                       T_STAGES)),
+            (_stream, (bs, p_scale, p_part, p_slabs, p_shared, p_db, p_da, s_b, s_du, memory, which, first, lane, own, row_tiles,
+                       ns, width, rank, scalings, stripes, odd, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, SHARED, STAGES,
+                       T_STAGES)),
+            (_sum, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (lanes1, lanes2, lanes3), count, row_tiles, rows,
                     rank, padded, du_stride, scalings, RANK, PARTS)),
-            (_produce, (ys, ts, d_x, d_du, p_work, memory, which, first, row_tiles, rank, padded, 2 * count, stripes, BLOCKS,
+            (_produce, (ys, ts, d_x, d_du, p_work, memory, which, first, own, row_tiles, rank, padded, 2 * count, stripes, BLOCKS,
                         X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES)),
-            (_tell, (p_arrived, memory, which, row_tiles)),
+            (_tell, (p_arrived, memory, which, own, row_tiles)),
         ],
         [4, 4, 1, 1],
         [200, 72, 40, 40],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from m3kernels.ops._beside import BLOCK_M, PIECES, TILE, Cut, best_cut, finished, lateness
+from m3kernels.ops._beside import BLOCK_M, LEAST, LEAST_SHARED, PIECES, TILE, Cut, best_cut, finished, lateness
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_N
 from m3kernels.ops._linear_launch import Matrix
@@ -22,7 +22,7 @@ MOST_RANK = 64
 ROW_TILE = {
     16: {2: 0.83, 4: 1.4, 6: 2.1, 8: 2.7, 12: 3.05, 16: 4.0},
     32: {2: 1.3, 4: 1.9, 6: 2.5, 8: 3.0},
-    64: {2: 2.4, 4: 3.3},
+    64: {2: 2.4, 4: 2.8},
 }
 # the same for three projections at once, whose du are summed: how much longer
 OF_THREE = {16: 1.0, 32: 1.1, 64: 1.3}
@@ -32,6 +32,8 @@ X_RANK = 16  # up to which they make dA, too
 # microseconds that 64 rows take of it, for each block of x, for each projection; bytes of x in one by a kernel after the product
 X_TILE, X_BLOCK, X_SMALL, AFTER = 0.1, 0.1, 0.05, 2.0e6
 X_LEAST = 15.0  # that it must gain
+# by columns of B: how many shares of the rows are tried; microseconds that adding up those of dB takes
+SHARES, SUMMED_UP = {16: (4,), 32: (2,), 64: (2, 3, 4)}, 4.0
 # a product's tile from which on cutting the last ones was seen to gain, with the pass over dy alone beside it
 LONG = 100.0
 
@@ -39,7 +41,7 @@ LONG = 100.0
 class Pass(NamedTuple):
     """The launch and its sizes.
 
-    ``parts``: numbers of du in the making; ``arrivals``, ``work``: counters, its own and those that the product has too;
+    ``parts``: numbers of du and dB in the making; ``arrivals``, ``work``: counters, its own and those that the product has too;
     ``cut`` of that product; ``tiles`` of rows; ``makes_da``: nothing else has to.
     """
 
@@ -53,13 +55,17 @@ class Pass(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Columns of a power of 2, blocks of 128 columns of dy and of x (0: not dA) of one program, stages of those and of t."""
+    """Columns of a power of 2, blocks of 128 columns of dy and of x (0: not dA) of one program, stages of those and of t.
+
+    ``shares``: programs that have the same columns of dy, each every so many tiles of rows.
+    """
 
     rank: int
     blocks: int
     x_blocks: int
     stages: int
     t_stages: int
+    shares: int = 1
 
     @classmethod
     def of(cls, layout: Layout, blocks: int, x_blocks: int = 0) -> "Form | None":
@@ -70,8 +76,16 @@ class Form(NamedTuple):
         fits = blocks in ROW_TILE[rank] and stages >= 3 and (not x_blocks or rank <= X_RANK)
         return cls(rank, blocks, x_blocks, stages, t_stages) if fits else None
 
-    def programs(self, ns: tuple[int, ...]) -> list[int]:
+    def lanes(self, ns: tuple[int, ...]) -> list[int]:
+        """Programs side by side over the columns of each gradient."""
         return [cdiv(n, COLS.value * self.blocks) for n in ns]
+
+    def programs(self, ns: tuple[int, ...]) -> int:
+        return self.shares * sum(self.lanes(ns))
+
+    def slabs(self, ns: tuple[int, ...]) -> int:
+        """Numbers of dB in the making."""
+        return self.programs(ns) * self.blocks * COLS.value * self.rank if self.shares > 1 else 0
 
     def tiles(self) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
         return tuple(
@@ -82,13 +96,14 @@ class Form(NamedTuple):
         """Of x, for a program each."""
         return cdiv(width, COLS.value * self.x_blocks) if self.x_blocks else 0
 
-    def busy(self, rows: int, width: int, layout: Layout, programs: int) -> float:
+    def busy(self, rows: int, width: int, layout: Layout, ns: tuple[int, ...]) -> float:
         """Microseconds beside a product."""
         small = X_SMALL * layout.count * (2 if layout.split else 1)
         of_dy = ROW_TILE[self.rank][self.blocks] * (1.75 if layout.split else 1.0)
         of_dy *= OF_THREE[self.rank] if layout.count == MOST else 1.0
-        of_x = (X_TILE + X_BLOCK * self.x_blocks + small) * cdiv(self.stripes(width), programs)
-        return cdiv(rows, ROWS.value) * (of_dy + of_x)
+        of_x = (X_TILE + X_BLOCK * self.x_blocks + small) * cdiv(self.stripes(width), self.programs(ns))
+        own = ROWS.value * self.shares
+        return cdiv(rows, own) * of_dy + cdiv(rows, ROWS.value) * of_x + (SUMMED_UP if self.shares > 1 else 0.0)
 
 
 def best(
@@ -98,37 +113,55 @@ def best(
     m_tiles, n_tiles, tile = cdiv(rows, BLOCK_M.value), cdiv(width, BLOCK_N.value), TILE * sum(ns)
 
     def end(form: Form) -> tuple[float, Cut]:
-        programs = sum(form.programs(ns))
-        busy = form.busy(rows, width, layout, programs)
         into = PIECES if tile >= LONG or form.x_blocks else ()
-        ends, cut = best_cut(busy, programs, m_tiles * n_tiles, tile, sms, 2 * layout.count, into)
+        if form.shares > 1:
+            into = PIECES[:1] if layout.count == MOST else PIECES
+        busy = form.busy(rows, width, layout, ns)
+        least = LEAST_SHARED if form.shares > 1 else LEAST
+        ends, cut = best_cut(busy, form.programs(ns), m_tiles * n_tiles, tile, sms, 2 * layout.count, into, least)
         return ends + (0.0 if form.x_blocks else 2 * rows * width / AFTER), cut
 
     def with_lateness(form: Form) -> tuple[float, int]:
-        programs = sum(form.programs(ns))
-        busy = form.busy(rows, width, layout, programs)
+        programs, busy = form.programs(ns), form.busy(rows, width, layout, ns)
         late = lateness(m_tiles, n_tiles, tile, sms - programs, lambda tiles: busy * tiles / m_tiles)
         return finished(busy, programs, m_tiles * n_tiles, tile, sms) + late, programs
 
+    def few(form: Form | None) -> bool:
+        """Not more parts of du than pay; all programs must be there at once, beside another stream's as well."""
+        return form is not None and sum(form.lanes(ns)) <= FEW[form.rank] and form.programs(ns) <= sms // 2
+
     forms = [form for blocks in ROW_TILE[16] if (form := Form.of(layout, blocks))]
-    few = [form for form in forms if sum(form.programs(ns)) <= FEW[form.rank]] or forms[-1:]
-    # all must be there at once, beside another stream's as well
-    few = [form for form in few if sum(form.programs(ns)) <= sms // 2]
-    if not few:
+    whole = list(filter(few, forms)) or [form for form in forms[-1:] if form.programs(ns) <= sms // 2]
+    if not whole:
         return None
-    found = min(few, key=with_lateness)
+    found = min(whole, key=with_lateness)
     ends, cut = end(found)
     # two 16-bit parts of du for each tile: what more than these takes was slower
     tried = [(2, 2), (4, 2)] if layout.split else [(b, x) for b in sorted({2, 4, found.blocks}) for x in (2, 4)]
     bound = ends - X_LEAST
     for blocks, x_blocks in tried if over_x else ():
         form = Form.of(layout, blocks, x_blocks)
-        if form is None or sum(form.programs(ns)) > FEW[form.rank]:
+        if not few(form):
             continue
         sooner, its_cut = end(form)
         if sooner < bound:
             found, bound, cut = form, sooner, its_cut
-    return found, cut
+    if found.x_blocks or not may_share(layout):
+        return found, cut
+
+    def by_work(form: Form) -> tuple[float, float]:
+        """When all ends, then what the pass takes from what else runs."""
+        return end(form)[0], form.busy(rows, width, layout, ns) * form.programs(ns)
+
+    shared = [form._replace(shares=n) for form in whole for n in SHARES[form.rank] if n <= m_tiles]
+    shared = min(filter(few, shared), key=by_work, default=found)
+    sooner, its_cut = end(shared)
+    return (shared, its_cut) if sooner <= ends else (found, cut)
+
+
+def may_share(layout: Layout) -> bool:
+    """Whether programs may share columns: with two 16-bit parts of du, or at small ranks of several layers, it was slower."""
+    return not layout.split and (layout.count == 1 or layout.rank > X_RANK)
 
 
 @lru_cache(KEPT)
@@ -150,7 +183,7 @@ def prepared(
     if found is None:
         return None
     form, cut = found
-    programs, parts = form.programs(ns), 2 if layout.split else 1
+    lanes, parts = form.lanes(ns), 2 if layout.split else 1
     row_tiles = 2 * cdiv(rows, BLOCK_M.value)
     t_tile, b_tile = form.tiles()
     t_of = lambda j, part: Matrix(
@@ -159,16 +192,17 @@ def prepared(
     )  # fmt: skip
     ys = [Matrix(rows, n, n, (ROWS.value, COLS.value), Y_TILE.value) for n in ns]
     his, los = ([t_of(j, part) for j in range(layout.count)] for part in (0, parts - 1))
-    total, du_stride = sum(programs), layout.count * layout.padded
+    total, du_stride = sum(lanes), layout.count * layout.padded
     x = Matrix(rows, width, stride, (ROWS.value, COLS.value), Y_TILE.value)
     du = Matrix(rows, du_stride, du_stride, (ROWS.value, form.rank), t_tile)
-    begins = [sum(programs[:1]), sum(programs[:2])]
+    slabs_at = total * row_tiles * ROWS.value * form.rank
+    begins = [sum(lanes[:1]), sum(lanes[:2])]
     begins = [begin if j + 1 < layout.count else total for j, begin in enumerate(begins)]
     run = Prepared(
         "lora_linear backward (dy)",
         lora_dy_kernel,
         device,
-        (total,),
+        (form.programs(ns),),
         (
             *fill(scalings, 0.0),
             *fill(ns, 0),
@@ -181,16 +215,17 @@ def prepared(
             layout.count,
             form.stripes(width),
         )
-        + (*begins, *fill(tuple(programs), 0)),
+        + (*begins, *fill(tuple(lanes), 0), total, form.shares, slabs_at),
         {"RANK": form.rank, "BLOCKS": form.blocks, "X_BLOCKS": form.x_blocks, "JOINT": layout.count, "PARTS": parts}
-        | {"SCALED": scaled, "STAGES": form.stages, "T_STAGES": form.t_stages, "T_TILE": t_tile, "B_TILE": b_tile}
+        | {"SCALED": scaled, "SHARED": form.shares > 1, "STAGES": form.stages, "T_STAGES": form.t_stages}
+        | {"T_TILE": t_tile, "B_TILE": b_tile}
         | {"num_warps": 4, "maxnreg": 128, "launch_pdl": True},
         (*three(ys), *three(his), *three(los), x, du, *[None] * 10),
     )
     return Pass(
         run,
-        total * row_tiles * ROWS.value * form.rank,
-        layout.count * row_tiles // 2,
+        slabs_at + form.slabs(ns),
+        layout.count * row_tiles // 2 + (2 * total if form.shares > 1 else 0),
         cut.work(rows),
         cut,
         row_tiles // 2,
