@@ -59,14 +59,14 @@ def test_arguments_fit_their_kernels(launched, dtype, rank, count, dora):
     scalings, blocks = [2.0] * count, [0, 0] * count
     out = op._forward(x, *flat, *magnitudes, None, None, None, None, None, scalings, 0.0, blocks)
     ys, t, kept = out[:count], out[count], out[count + 1 :]
-    norms = ["dora_linear (norm)"] * dora
-    assert launched == norms + FORWARD
+    assert launched == FORWARD[:1] + ["dora_linear (norm)"] * dora + FORWARD[1:]
     launched.clear()
     grads = op._backward(
         [torch.empty_like(y) for y in ys], x, weights, many_a, many_b, t, ys if dora else [],
-        *(kept[:2] if dora else (None, None)), None, scalings, 0.0, [], blocks, True, False, True,
+        *(kept[:2] if dora else (None, None)), None, scalings, 0.0, [], blocks, True, False, True, dtype,
     )  # fmt: skip
     # the pass over dy makes dA as well where the rank is small
-    assert launched in [["dora_linear backward"] * 2 * dora + BACKWARD[:end] for end in (3, 4)]
+    scaling = ["dora_linear backward"] * dora
+    assert launched in [BACKWARD[:1] + scaling + BACKWARD[1:end] for end in (3, 4)]
     sizes = [(rows, width), (count, rank, width), (sum(ns), rank)]
     assert [tuple(g.shape) for g in grads[:3]] == sizes

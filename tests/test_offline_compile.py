@@ -49,6 +49,7 @@ decode = importlib.import_module("m3kernels.ops.attention_decode")
 adapters = importlib.import_module("m3kernels.ops._lora_launch")
 adapter_kernels = importlib.import_module("m3kernels.ops._lora_kernels")
 adapter_sums = importlib.import_module("m3kernels.ops._lora_sum_kernels")
+sums = importlib.import_module("m3kernels.ops._lora_sums")
 dora = importlib.import_module("m3kernels.ops._dora_scale")
 fp8 = importlib.import_module("m3kernels.ops.fp8_dequantize")
 vocab_parallel = importlib.import_module("m3kernels.parallel.cross_entropy")
@@ -525,23 +526,22 @@ def test_adapter_passes_with_dropout(rank, dtype):
         check(kernel, skinny_report(kernel, *form, dtype, split), rank * 3)
 
 
-@pytest.mark.parametrize(("split", "scaled"), [(False, False), (True, False), (True, True)])
-def test_adapter_parts(split, scaled):
+@pytest.mark.parametrize("split", [False, True])
+def test_adapter_parts(split):
     """Also each branch's types: the interpreter lets a name have one in each."""
     of_adapters = "*fp32" if split else "*bf16"
-    kernel, constexprs = adapter_sums.lora_parts_kernel, {"SPLIT": split, "SCALED": scaled, "OVERLAP": False}
-    fp32 = dict.fromkeys(("p_scale", "p_norm", "p_squares"), "*fp32")
-    given = [n for n in kernel.arg_names if re.fullmatch(r"p_[abm]\d", n)]
-    types = adapter_types(kernel, constexprs, **fp32, **dict.fromkeys(given, of_adapters))
+    kernel, constexprs = adapter_sums.lora_parts_kernel, {"SPLIT": split, "OVERLAP": False}
+    given = [n for n in kernel.arg_names if re.fullmatch(r"p_[ab]\d", n)]
+    types = adapter_types(kernel, constexprs, **dict.fromkeys(given, of_adapters))
     check(kernel, compile_sm90(kernel, 4, constexprs, types), 0)
 
 
 @pytest.mark.parametrize(("rank", "split", "at_once"), [
     (16, False, True), (16, False, False), (16, True, True), (32, False, False),
 ])  # fmt: skip
-def test_dora_squares(rank, split, at_once):
+def test_dora_norm(rank, split, at_once):
     """W's own loads run ahead where one tile of A and B is all."""
-    kernel = dora.dora_squares_kernel
+    kernel = dora.dora_norm_kernel
     constexprs = {
         "BLOCK_N": dora.BLOCK_N,
         "BLOCK_K": dora.BLOCK_K,
@@ -549,10 +549,13 @@ def test_dora_squares(rank, split, at_once):
         "AT_ONCE": at_once,
         "SPLIT": split,
         "PRECISION": "tf32",
+        "STAGES": dora.STAGES,
+        "OVERLAP": True,
     }
-    of_adapters = dict.fromkeys([f"p_{n}{j}" for n in "ab" for j in (1, 2, 3)], "*fp32" if split else "*bf16")
-    types = adapter_types(kernel, constexprs | {"STAGES": dora.STAGES}, p_squares="*fp32", **of_adapters)
-    report = compile_sm90(kernel, 4, constexprs | {"STAGES": dora.STAGES}, types)
+    of_adapters = dict.fromkeys([f"p_{n}{j}" for n in "abm" for j in (1, 2, 3)], "*fp32" if split else "*bf16")
+    of_adapters |= dict.fromkeys(("p_squares", "p_norm", "p_scale"), "*fp32")
+    types = adapter_types(kernel, constexprs, **of_adapters)
+    report = compile_sm90(kernel, 4, constexprs, types)
     check(kernel, report, rank)
     tile = 2 * dora.BLOCK_N * dora.BLOCK_K
     assert "cp.async" in report["ptx"]
@@ -569,12 +572,10 @@ def test_lora_expand_and_dora_gradient():
     )
     constexprs |= {"PRECISION": "tf32"}
     check(kernel, compile_sm90(kernel, 8, constexprs, adapter_types(kernel, constexprs)), 64)
-    kernel, constexprs = adapter_sums.dora_grad_kernel, {"BLOCK_M": 16, "BLOCK_N": 256}
-    types = adapter_types(kernel, constexprs, p_scale="*fp32", p_sum="*fp32")
-    check(kernel, compile_sm90(kernel, 4, constexprs, types), 256)
-    kernel, constexprs = adapter_sums.dora_magnitude_kernel, {"BLOCK": 128, "SCALED": True, "AT_ONCE": 16}
-    types = dict.fromkeys(("p_sum", "p_norm", "p_scale", "p_dm"), "*fp32") | {"total": "i32", "shares": "i32"}
-    check(kernel, compile_sm90(kernel, 4, constexprs, types), 128)
+    kernel, constexprs = adapter_sums.dora_grad_kernel, {"BLOCK_M": sums.DORA_ROWS, "BLOCK_N": sums.DORA_COLS}
+    constexprs |= {"BY_SCALE": True, "OVERLAP": True}
+    types = adapter_types(kernel, constexprs, **dict.fromkeys(("p_norm", "p_scale", "p_sum", "p_dm"), "*fp32"))
+    check(kernel, compile_sm90(kernel, 4, constexprs, types), sums.DORA_COLS)
 
 
 HOPPER = [(True, False, False), (False, False, False), (True, True, False), (True, False, True), (True, True, True)]
@@ -650,10 +651,11 @@ def test_linear_hopper(across, scaled, count, beside):
 
 
 @needs_its_gluon
-@pytest.mark.parametrize(("rank", "split", "blocks", "x_blocks", "scaled", "spills"), [
-    (16, False, 16, 4, False, 24), (16, True, 12, 2, True, 24), (32, True, 8, 0, True, 16), (64, False, 4, 0, False, 0),
+@pytest.mark.parametrize(("rank", "split", "blocks", "x_blocks", "scaled", "shared", "spills"), [
+    (16, False, 16, 4, False, False, 24), (16, True, 12, 2, True, True, 24), (32, True, 8, 0, True, False, 16),
+    (64, False, 4, 0, False, True, 0),
 ])  # fmt: skip
-def test_lora_dy_hopper(rank, split, blocks, x_blocks, scaled, spills):
+def test_lora_dy_hopper(rank, split, blocks, x_blocks, scaled, shared, spills):
     module = importlib.import_module("m3kernels.ops._lora_dy_launch")
     kernel, form = module.lora_dy_kernel, module.Form.of(adapter_layout(rank, split, 3), blocks, x_blocks)
     t_tile, b_tile = form.tiles()
@@ -671,6 +673,7 @@ def test_lora_dy_hopper(rank, split, blocks, x_blocks, scaled, spills):
         "JOINT": 3,
         "PARTS": 1 + split,
         "SCALED": scaled,
+        "SHARED": shared,
     }
     constexprs |= {"STAGES": form.stages, "T_STAGES": form.t_stages}
     ptx = check_gluon(kernel, constexprs | {"T_TILE": t_tile, "B_TILE": b_tile}, types, 128, spills)

@@ -21,17 +21,21 @@ MAX_RANK = 512
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Rows and columns of the large operand's tile, warps, load stages."""
+    """Rows and columns of the large operand's tile, warps, load stages.
+
+    ``programs``: for each multiprocessor, where a result of 32 columns is summed over shares of the rows.
+    """
 
     rows: int
     cols: int
     warps: int
     stages: int
+    programs: int = 4
 
 
 # by columns of small matrices that one tile of x meets
 SHRINK = {16: SkinnyConfig(32, 128, 4, 4), 96: SkinnyConfig(32, 64, 4, 3)}
-OUTER = {16: SkinnyConfig(64, 128, 4, 3), 192: SkinnyConfig(64, 64, 4, 3)}
+OUTER = {16: SkinnyConfig(64, 128, 4, 3), 48: SkinnyConfig(64, 64, 4, 3), 192: SkinnyConfig(128, 64, 4, 3, 2)}
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
 # columns of A^T or B in one program; cuBLAS takes larger ranks
@@ -212,62 +216,27 @@ def _run_shrink(
 
 @lru_cache(KEPT)
 def _parts(
-    layout: Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], parts: bool, shares: int, works: int,
-    device, *_,
-) -> Prepared:  # fmt: skip
-    """``parts``: those of A and B are wanted; ``shares``: of DoRA's squares, 0 without them."""
+    layout: Layout, ns: tuple[int, ...], width: int, scalings: tuple[float, ...], works: int, device, *_
+) -> Prepared:
     length, rank = layout.rank * width, layout.rank
-    a_programs = layout.count * cdiv(length, PARTS_BLOCK.value) if parts else 0
-    b_programs = sum(cdiv(n * rank, PARTS_BLOCK.value) for n in ns) if parts else 0
-    n_programs = cdiv(sum(ns), PARTS_BLOCK.value) if shares else 0
-    return Prepared(
-        "lora_linear (parts)",
-        lora_parts_kernel,
-        device,
-        (a_programs + b_programs + n_programs,),
-        (
-            *fill(scalings, 0.0),
-            *fill(ns, 0),
-            width,
-            rank,
-            layout.padded,
-            layout.count * rank,
-            a_programs,
-            b_programs,
-            shares,
-            works,
-        ),
-        {"SPLIT": layout.split, "SCALED": shares > 0, "OVERLAP": parts and overlap_meta(device)["OVERLAP"]},
-    )
+    a_programs = layout.count * cdiv(length, PARTS_BLOCK.value)
+    b_programs = sum(cdiv(n * rank, PARTS_BLOCK.value) for n in ns)
+    numbers = (*fill(scalings, 0.0), *fill(ns, 0), width, rank, layout.padded, layout.count * rank, a_programs, works)
+    meta = {"SPLIT": layout.split, "OVERLAP": overlap_meta(device)["OVERLAP"]}
+    return Prepared("lora_linear (parts)", lora_parts_kernel, device, (a_programs + b_programs,), numbers, meta)
 
 
 def make_parts(
-    x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
-    squares: Tensor | None, layout: Layout, parts: bool, work: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(A of all as rows hi and, below all of those, lo; s B of all as :func:`make_t`; DoRA's norms and scales).
-
-    Without ``parts`` none of these, without ``squares`` no norms. ``work``: set to zero.
-    """
+    x: Tensor, many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], layout: Layout, work: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(A of all as rows hi and, below all of those, lo; s B of all as :func:`make_t`); ``work``: set to zero."""
     ns, width = tuple([b.shape[0] for b in many_b]), many_a[0].shape[1]
-    many_a, many_b, magnitudes = ([t.contiguous() for t in group] for group in (many_a, many_b, magnitudes or many_b))
-    a_rows = layout.count * layout.rank * (2 if layout.split else 1) if parts else 0
-    a, low = x.new_empty((a_rows, width)), layout.buffer(x, sum(ns) if parts else 0, layout.padded)
-    norms = scales = None
-    if squares is not None:
-        norms = squares.new_empty(sum(ns))
-        scales = torch.empty_like(norms)
-    run = _parts(
-        layout, ns, width, tuple(scalings), parts, 0 if squares is None else squares.shape[0],
-        0 if work is None else work.numel(), x.device, x.dtype, many_a[0].dtype, magnitudes[0].dtype,
-    )  # fmt: skip
-    unused = many_b[0]
-    none = lambda option: unused if option is None else option
-    run(
-        *three(many_a), *three(many_b), a if parts else unused, low if parts else unused, none(squares),
-        *three(magnitudes), none(norms), none(scales), none(work),
-    )  # fmt: skip
-    return a, low, norms, scales
+    many_a, many_b = ([t.contiguous() for t in group] for group in (many_a, many_b))
+    a = x.new_empty((layout.count * layout.rank * (2 if layout.split else 1), width))
+    low = layout.buffer(x, sum(ns), layout.padded)
+    run = _parts(layout, ns, width, tuple(scalings), work.numel(), x.device, x.dtype, many_a[0].dtype)
+    run(*three(many_a), *three(many_b), a, low, work)
+    return a, low
 
 
 def make_t(

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m3kernels.ops import _dora_scale as dora
 from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops import _lora_sums as sums
-from m3kernels.ops._common import overlap_meta
+from m3kernels.ops._common import cdiv, overlap_meta
 from m3kernels.ops._lora_launch import Layout
 
 
@@ -47,22 +48,27 @@ class Begun(NamedTuple):
 
 def t_and_low(
     x: Tensor, weights: list[Tensor], many_a: list[Tensor], many_b: list[Tensor], scalings: list[float], magnitudes: list[Tensor],
-    squares: Tensor | None, layout: Layout, dropout: float, seeds: Tensor | None,
+    layout: Layout, dropout: float, seeds: Tensor | None,
 ) -> Begun:  # fmt: skip
-    """What goes into the product; DoRA's norms and scales where ``squares`` are given."""
-    ns = [w.shape[0] for w in weights]
+    """What goes into the product; DoRA's norms and scales where ``magnitudes`` are given."""
+    ns, norms = [w.shape[0] for w in weights], (None, None)
     if not dropout and (kernel := _hopper(x.device)) is not None and not x.data_ptr() & 15:
         from m3kernels.ops import _lora_x_hopper
 
         found = _lora_x_hopper.prepared(layout, *x.shape, x.stride(0), tuple(ns), x.dtype, x.device)
-        if found and kernel.takes([x], weights, layout, False, squares, ns, True, found[1]) is not None:
+        scale = magnitudes[0] if magnitudes else None
+        if found and kernel.takes([x], weights, layout, False, scale, ns, True, found[1]) is not None:
             run, cut = found
-            work = x.new_empty(cut.work(x.shape[0]), dtype=torch.int32)
-            a, low, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, True, work)
+            # each begins at 16 bytes
+            sizes = [cdiv(n, 4) * 4 for n in (cut.work(x.shape[0]), dora.arrivals(ns) if magnitudes else 0)]
+            counters = x.new_empty(sum(sizes), dtype=torch.int32)
+            work, arrived = counters.split(sizes)
+            a, low = skinny.make_parts(x, many_a, many_b, scalings, layout, counters)
+            if magnitudes:
+                norms = dora.scales_of(weights, many_a, many_b, scalings, magnitudes, layout, arrived)
             return Begun(_lora_x_hopper.t_of(run, x, a, work, layout), low, *norms, work, cut, a)
-    norms = [None, None]
-    if squares is not None:
-        _, _, *norms = skinny.make_parts(x, many_a, many_b, scalings, magnitudes, squares, layout, False)
+    if magnitudes:
+        norms = dora.scales_of(weights, many_a, many_b, scalings, magnitudes, layout)
     return Begun(*skinny.make_t(x, many_a, many_b, scalings, layout, dropout, seeds), *norms)
 
 

@@ -1,20 +1,21 @@
-"""What goes with the passes over the large operands: parts of A and B, DoRA's norms and k dy.
+"""What goes with the passes over the large operands: parts of A and B, DoRA's k dy.
 
-parts    A as rows [hi ; lo], s B as [hi | hi | lo], DoRA's norms and scales from the squares of its rows
+parts    A as rows [hi ; lo], s B as [hi | hi | lo]
 dora     dz = k dy and dm, from sum(dy * y)
 """
 
-from m3kernels.ops._lora_kernels import PARTS_BLOCK, SMALLEST, _clear, _one_of, _pointer_of, _write_parts
+from m3kernels.ops._lora_kernels import PARTS_BLOCK, _arrive_last, _clear, _one_of, _pointer_of, _write_parts
 from m3kernels.ops._triton import tl, triton
+
+SHARES_AT_ONCE = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["high", "works"])
 def lora_parts_kernel(
-    p_a1, p_a2, p_a3, p_b1, p_b2, p_b3, p_a, p_low, p_squares, p_m1, p_m2, p_m3, p_norm, p_scale, p_work,
-    s1, s2, s3, n1, n2, n3, width, rank, padded, high, a_programs, b_programs, shares, works,
-    SPLIT: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
+    p_a1, p_a2, p_a3, p_b1, p_b2, p_b3, p_a, p_low, p_work, s1, s2, s3, n1, n2, n3, width, rank, padded, high, a_programs, works,
+    SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A of all as rows [hi ; lo] (lo from row ``high`` on), s B of all as [hi | hi | lo], DoRA's norms and scales.
+    """A of all as rows [hi ; lo] (lo from row ``high`` on), s B of all as [hi | hi | lo].
 
     ``p_work``: what the kernels after this one count by, set to zero.
     """
@@ -33,38 +34,39 @@ def lora_parts_kernel(
         tl.store(p_a + o_a, hi, mask=o < length)
         if SPLIT:
             tl.store(p_a + high.to(tl.int64) * width + o_a, (b_a - hi.to(tl.float32)).to(hi.dtype), mask=o < length)
-    elif program < a_programs + b_programs:
+    else:
         _write_parts(
             program - a_programs, p_b1, p_b2, p_b3, p_low, n1 * rank, n2 * rank, n3 * rank, 0, n1 * padded, (n1 + n2) * padded,
             s1, s2, s3, rank, padded, rank, SPLIT,
         )  # fmt: skip
-    elif SCALED:
-        total = n1 + n2 + n3
-        o_n = (program - a_programs - b_programs) * PARTS_BLOCK + tl.arange(0, PARTS_BLOCK)
-        m_n, squares = o_n < total, tl.zeros([PARTS_BLOCK], tl.float32)
-        for share in range(shares):
-            squares += tl.load(p_squares + tl.cast(share, tl.int64) * total + o_n, mask=m_n, other=1.0)
-        which = (o_n >= n1).to(tl.int32) + (o_n >= n1 + n2)
-        m = tl.load(p_m1 + o_n, mask=m_n & (which == 0), other=0.0).to(tl.float32)
-        m += tl.load(p_m2 + (o_n - n1), mask=m_n & (which == 1), other=0.0).to(tl.float32)
-        m += tl.load(p_m3 + (o_n - n1 - n2), mask=m_n & (which == 2), other=0.0).to(tl.float32)
-        # rounded as PEFT's, whose magnitude began as this norm: a fresh DoRA layer is the frozen one
-        norm = tl.sqrt_rn(squares).to(p_m1.dtype.element_ty).to(tl.float32)
-        scale = tl.div_rn(m, norm)
-        tl.store(p_norm + o_n, norm, mask=m_n)
-        tl.store(p_scale + o_n, tl.where(scale == 0.0, SMALLEST, scale), mask=m_n)
+
+
+@triton.jit
+def _sum_of_shares(p_sum, o_n, m_n, stride, shares):
+    """Columns of a sum in shares, each ``stride`` numbers long, in their order."""
+    total, o_s = tl.zeros([o_n.shape[0]], tl.float32), tl.arange(0, SHARES_AT_ONCE)
+    for first in range(0, shares, SHARES_AT_ONCE):
+        mask = (first + o_s < shares)[:, None] & m_n[None, :]
+        o_sum = (first + o_s)[:, None].to(tl.int64) * stride + o_n[None, :]
+        total += tl.sum(tl.load(p_sum + o_sum, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
+    return total
 
 
 @triton.jit(do_not_specialize=["rows"])
 def dora_grad_kernel(
-    p_dy1, p_dy2, p_dy3, p_y1, p_y2, p_y3, p_scale, p_dz1, p_dz2, p_dz3, p_sum,
-    n1, n2, n3, dy_stride1, dy_stride2, dy_stride3, y_stride1, y_stride2, y_stride3, second, third, rows, rows_each,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_dy1, p_dy2, p_dy3, p_y1, p_y2, p_y3, p_norm, p_scale, p_dz1, p_dz2, p_dz3, p_sum, p_dm, p_arrived,
+    n1, n2, n3, dy_stride1, dy_stride2, dy_stride3, y_stride1, y_stride2, y_stride3, second, third, rows, rows_each, shares,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_SCALE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """dz_j = scale_j * dy_j, and for each share of rows sum(dy_j * y_j); ``second``, ``third``: first blocks of those.
+    """dz_j = scale_j * dy_j, and dm_j = the sum over rows of dy_j * y_j, / norm, and / scale where BY_SCALE.
 
-    By the product on its way to the tensor cores, dy took a quarter of the product's time (docs/adapters.md).
+    ``second``, ``third``: first blocks of those. The last share of the rows to come adds up all. ``p_arrived``: a zero for each
+    block. By the product on its way to the tensor cores, dy took a quarter of the product's time (docs/adapters.md).
     """
+    if OVERLAP:
+        # the kernel before this one cleared the counters; what it reads may be this one's memory
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     block, share = tl.program_id(0), tl.program_id(1)
     which = (block >= second).to(tl.int32) + (block >= third)
     cols, before = _one_of(which, n1, n2, n3), _one_of(which, 0, n1, n1 + n2)
@@ -91,21 +93,11 @@ def dora_grad_kernel(
         y = tl.load(p_y + o_m * y_stride + o_n[None, :], mask=mask, other=0.0).to(tl.float32)
         total += dy * y
         tl.store(p_dz + o_m * cols + o_n[None, :], (dy * scale[None, :]).to(p_dz.dtype.element_ty), mask=mask)
-    tl.store(p_sum + share.to(tl.int64) * (n1 + n2 + n3) + before + o_n, tl.sum(total, axis=0), mask=m_n)
-
-
-@triton.jit
-def dora_magnitude_kernel(
-    p_sum, p_norm, p_scale, p_dm, total, shares, BLOCK: tl.constexpr, SCALED: tl.constexpr, AT_ONCE: tl.constexpr
-):
-    """dm = sum of the shares / norm, and / scale where SCALED."""
-    o_n, o_s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
-    m_n, dm = o_n < total, tl.zeros([BLOCK], tl.float32)
-    for first in range(0, shares, AT_ONCE):
-        mask = (first + o_s < shares)[:, None] & m_n[None, :]
-        o_sum = (first + o_s)[:, None].to(tl.int64) * total + o_n[None, :]
-        dm += tl.sum(tl.load(p_sum + o_sum, mask=mask, other=0.0), axis=0)
-    by = tl.load(p_norm + o_n, mask=m_n, other=1.0)
-    if SCALED:
-        by *= tl.load(p_scale + o_n, mask=m_n, other=1.0)
-    tl.store(p_dm + o_n, dm / by, mask=m_n)
+    o_all, n_all = before + o_n, n1 + n2 + n3
+    tl.store(p_sum + share.to(tl.int64) * n_all + o_all, tl.sum(total, axis=0), mask=m_n)
+    if _arrive_last(p_arrived + block, shares):
+        by = tl.load(p_norm + o_all, mask=m_n, other=1.0)
+        if BY_SCALE:
+            by *= scale
+        dm = _sum_of_shares(p_sum, o_all, m_n, n_all, shares) / by
+        tl.store(p_dm + o_all, dm.to(p_dm.dtype.element_ty), mask=m_n)

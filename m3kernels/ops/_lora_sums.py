@@ -23,11 +23,11 @@ from m3kernels.ops._lora_launch import (
     product32,
     three,
 )
-from m3kernels.ops._lora_sum_kernels import dora_grad_kernel, dora_magnitude_kernel
+from m3kernels.ops._lora_sum_kernels import dora_grad_kernel
 from m3kernels.ops._prepared import KEPT, Prepared
 
-# programs of the outer pass for each multiprocessor
-OUTER_PROGRAMS = 4
+# of the pass that makes k dy: programs for each multiprocessor, rows and columns of a tile
+DORA_PROGRAMS, DORA_ROWS, DORA_COLS = 4, 32, 128
 
 
 class Summing(NamedTuple):
@@ -47,13 +47,8 @@ def _outer(
     config, form = outer_form(layout, scaled, dropout, dtype, MOST_AT_ONCE if ns else MOST_OF_DA)
     y_blocks = sum(cdiv(n, config.cols) for n in ns)
     blocks, groups = y_blocks + cdiv(width, config.cols), cdiv(rank, form["RANK"])
-    shares = max(
-        1,
-        min(
-            cdiv(rows, config.rows),
-            OUTER_PROGRAMS * 32 // max(32, form["RANK"] * count) * sm_count(device) // (blocks * groups),
-        ),
-    )
+    programs = config.programs * 32 * sm_count(device) // max(32, form["RANK"] * count)
+    shares = max(1, min(cdiv(rows, config.rows), programs // (blocks * groups)))
     each = cdiv(cdiv(rows, shares), config.rows) * config.rows
     shares = cdiv(rows, each)
     run = Prepared(
@@ -105,7 +100,7 @@ class Adding(NamedTuple):
     """The sums of one backward in the making.
 
     ``counters``: all that kernels count by, set to zero before them: ``arrived`` of the sums, and, where one pass over dy makes
-    du, that pass's and what the product beside it counts by.
+    du, that pass's and what the product beside it counts by, and with DoRA those of :class:`DoraGrads`.
     """
 
     run: Prepared | None
@@ -114,6 +109,7 @@ class Adding(NamedTuple):
     arrived: Tensor | None
     of_pass: Tensor | None
     work: Tensor | None
+    of_dora: Tensor | None
 
     @classmethod
     def of(
@@ -124,17 +120,17 @@ class Adding(NamedTuple):
         run, slabs, arrivals = None, 0, 0
         own = not by_cublas(layout, dropout, x.device, x.dtype) or (plan and _sums_fit(layout))
         if own and not (plan and plan.makes_da):
-            ns = () if plan else tuple(ns)
             run, slabs, arrivals = _outer(
-                layout, x.shape[0], ns, x.shape[1], x.stride(0), tuple(scalings), scaled, dropout, overlaps,
-                *((plan.cut.makers, plan.tiles) if plan and overlaps else (0, 0)), x.device, x.dtype, dtype,
+                layout, x.shape[0], () if plan else tuple(ns), x.shape[1], x.stride(0), tuple(scalings), scaled, dropout,
+                overlaps, *((plan.cut.makers, plan.tiles) if plan and overlaps else (0, 0)), x.device, x.dtype, dtype,
             )  # fmt: skip
         elif not plan:
-            return cls(None, x, None, None, None, None)
+            return cls(None, x, None, None, None, None, None)
+        of_dora = dora_blocks(ns)[-1] if plan and scaled else 0
         # each begins at 16 bytes
-        sizes = [cdiv(n, 4) * 4 for n in (arrivals, *((plan.arrivals, plan.work) if plan else ()))]
+        sizes = [cdiv(n, 4) * 4 for n in (arrivals, *((plan.arrivals, plan.work, of_dora) if plan else ()))]
         counters = x.new_empty(sum(sizes), dtype=torch.int32)
-        return cls(run, x.new_empty(slabs, dtype=torch.float32), counters, *[*counters.split(sizes), None, None][:3])
+        return cls(run, x.new_empty(slabs, dtype=torch.float32), counters, *[*counters.split(sizes), *[None] * 3][:4])
 
 
 def adapter_gradients(
@@ -180,32 +176,59 @@ def expand(du: Tensor, a: Tensor, dx: Tensor, adds: bool, dropout: float, seed: 
     )
 
 
-@lru_cache(KEPT)
-def _dora_grads(
-    rows: int, ns: tuple[int, ...], dy_strides: tuple[int, ...], y_strides: tuple[int, ...], by_scale: bool, device, *_
-) -> tuple[Prepared, Prepared]:
+def dora_blocks(ns: list[int]) -> list[int]:
+    """Blocks of columns before each gradient, and all."""
     first = [0]
     for n in ns:
-        first.append(first[-1] + cdiv(n, 256))
-    each = cdiv(cdiv(rows, max(1, 4 * sm_count(device) // first[-1])), 16) * 16
-    shares, total = cdiv(rows, each), sum(ns)
+        first.append(first[-1] + cdiv(n, DORA_COLS))
+    return first
+
+
+@lru_cache(KEPT)
+def _dora_grads(
+    rows: int, ns: tuple[int, ...], dy_strides: tuple[int, ...], y_strides: tuple[int, ...], by_scale: bool, overlaps: bool,
+    device, *_,
+) -> Prepared:  # fmt: skip
+    first = dora_blocks(ns)
+    each = cdiv(cdiv(rows, max(1, DORA_PROGRAMS * sm_count(device) // first[-1])), DORA_ROWS) * DORA_ROWS
     begins = (*first[1 : len(ns)], *[first[-1]] * (MOST - len(ns)))
-    numbers = (*fill(ns, 0), *fill(dy_strides, 0), *fill(y_strides, 0), *begins, rows, each)
-    name, meta = "dora_linear backward", {"BLOCK_M": 16, "BLOCK_N": 256}
-    passing = Prepared(name, dora_grad_kernel, device, (first[-1], shares), numbers, meta)
-    meta = {"BLOCK": 128, "SCALED": by_scale, "AT_ONCE": 16}
-    return passing, Prepared(name, dora_magnitude_kernel, device, (cdiv(total, 128),), (total, shares), meta)
+    shares = cdiv(rows, each)
+    numbers = (*fill(ns, 0), *fill(dy_strides, 0), *fill(y_strides, 0), *begins, rows, each, shares)
+    meta = {"BLOCK_M": DORA_ROWS, "BLOCK_N": DORA_COLS, "BY_SCALE": by_scale, "OVERLAP": overlaps}
+    meta |= {"launch_pdl": True} if overlaps else {}
+    return Prepared("dora_linear backward", dora_grad_kernel, device, (first[-1], shares), numbers, meta)
 
 
-def dora_grads(
-    dys: list[Tensor], outs: list[Tensor], norms: Tensor, scales: Tensor, by_scale: bool
-) -> tuple[list[Tensor], Tensor]:
-    """(dz_j = k_j * dy_j, dm of all in fp32): the sums over rows of dy * out, by the norms, and by k where ``by_scale``."""
-    strides = [tuple([t.stride(0) for t in group]) for group in (dys, outs)]
-    ns = tuple([dy.shape[1] for dy in dys])
-    passing, adding = _dora_grads(dys[0].shape[0], ns, *strides, by_scale, norms.device, dys[0].dtype)
-    dzs = [torch.empty_like(dy) for dy in dys]
-    parts, dm = norms.new_empty((passing.grid[1], sum(ns))), torch.empty_like(norms)
-    passing(*three(dys), *three(outs), scales, *three(dzs), parts)
-    adding(parts, norms, scales, dm)
-    return dzs, dm
+class DoraGrads(NamedTuple):
+    """dz_j = k_j * dy_j, and dm of all (N of all,), in the making: the sums over rows of dy * out, by the norms.
+
+    In 16-bit floats of few exponents ``outs`` are not y but z = y / k: then by k no more.
+    """
+
+    dys: list[Tensor]
+    outs: list[Tensor]
+    norms: Tensor
+    scales: Tensor
+    dzs: list[Tensor]
+    dm: Tensor
+
+    @classmethod
+    def like(
+        cls, dys: list[Tensor], outs: list[Tensor], norms: Tensor, scales: Tensor, dtype: torch.dtype
+    ) -> "DoraGrads":
+        """``dtype``: of the magnitudes."""
+        return cls(dys, outs, norms, scales, [torch.empty_like(dy) for dy in dys], torch.empty_like(norms, dtype=dtype))
+
+    def make(self, arrived: Tensor | None) -> None:
+        """``arrived``: counters that the kernel right before this one clears, which lets this one begin, as this one the next."""
+        strides = [tuple([t.stride(0) for t in group]) for group in (self.dys, self.outs)]
+        like, norms = self.dys[0], self.norms
+        ns = tuple([dy.shape[1] for dy in self.dys])
+        run = _dora_grads(
+            like.shape[0], ns, *strides, like.dtype != torch.float16, arrived is not None, norms.device, like.dtype,
+            self.dm.dtype,
+        )  # fmt: skip
+        if arrived is None:
+            arrived = norms.new_zeros(run.grid[0], dtype=torch.int32)
+        parts = norms.new_empty((run.grid[1], sum(ns)))
+        run(*three(self.dys), *three(self.outs), norms, self.scales, *three(self.dzs), parts, self.dm, arrived)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops._common import use_triton
-from m3kernels.ops._dora_scale import squares_of
+from m3kernels.ops._dora_scale import scales_of
 from m3kernels.ops.lora_linear import Adapted, dora_linear_reference, dora_norm_reference, lora_linears
 
 __all__ = ["dora_linear", "dora_linear_reference", "dora_norm", "dora_norm_reference"]
@@ -37,8 +37,7 @@ def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, bac
 def _norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     layout = skinny.Layout.of(weight, A, 1)
     ones = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
-    squares = squares_of([weight], [A], [B], [scaling], layout)
-    return skinny.make_parts(weight, [A], [B], [scaling], [ones], squares, layout, False)[2]
+    return scales_of([weight], [A], [B], [scaling], [ones], layout)[0]
 
 
 torch.library.custom_op("m3kernels::dora_norm", _norm, mutates_args=()).register_fake(

@@ -23,7 +23,7 @@ from torch import Tensor
 from m3kernels.ops import _lora_launch as skinny
 from m3kernels.ops import _lora_sums as adding_up
 from m3kernels.ops._common import fused_op, rows_of, use_triton
-from m3kernels.ops._dora_scale import scales_from, squares_of
+from m3kernels.ops._dora_scale import scales_from
 from m3kernels.ops._lora_launch import MOST, Layout
 from m3kernels.ops._lora_products import input_gradient, lets_begin, of_adapters, one_pass, project, t_and_low
 from m3kernels.ops.fp8_dequantize import WHOLE, check_fp8, fp8_dequantize_reference, fp32_scale
@@ -93,10 +93,8 @@ def _forward(
     shape, x = x.shape[:-1], rows_of(x)
     layout = Layout.of(x, a1, len(weights))
     weights = _dense(weights, _given(f1, f2, f3), blocks, x.dtype)
-    squares = None
-    if magnitudes and given_norms is None:
-        squares = squares_of(weights, many_a, many_b, scalings, layout)
-    begun = t_and_low(x, weights, many_a, many_b, scalings, magnitudes, squares, layout, dropout, seeds)
+    unknown = magnitudes if given_norms is None else []
+    begun = t_and_low(x, weights, many_a, many_b, scalings, unknown, layout, dropout, seeds)
     norms, scales = begun.norms, begun.scales
     if given_norms is not None:
         norms, scales = scales_from(given_norms, magnitudes)
@@ -141,56 +139,61 @@ def _backward(
     need_x: bool,
     need_weights: bool,
     need_adapters: bool,
+    magnitudes: torch.dtype | None,
 ) -> list[Tensor]:
     """[dx, dA of all (count, R, K), dB of all (N of all, R)], then dW of each and dm of all where they are needed.
 
-    What is not needed is empty. ``outs`` (y, or z in fp16), ``norms`` and ``scales`` are DoRA's.
+    What is not needed is empty. ``outs`` (y, or z in fp16), ``norms``, ``scales`` and the dtype of the magnitudes are DoRA's.
     """
     like, shape, x = many_a[0], x.shape, rows_of(x)
     layout, ns = Layout.of(x, like, len(weights)), [w.shape[0] for w in weights]
     dys = [rows_of(dy).contiguous() for dy in dys]
-    dzs, dm = dys, []
+    dora = None
     if scales is not None:
-        dzs, of_all = adding_up.dora_grads(dys, [rows_of(out) for out in outs], norms, scales, x.dtype != torch.float16)
-        dm = [of_all]
+        dora = adding_up.DoraGrads.like(dys, [rows_of(out) for out in outs], norms, scales, magnitudes)
+    dzs = dora.dzs if dora else dys
     if need_x:
         weights = _dense(weights, fp8_scales, blocks, x.dtype)
     sums, adding, plan, work = adding_up.Sums.like(x, sum(ns), layout, like, need_adapters), None, None, None
     if need_adapters:
-        plan = one_pass(dys, x, layout, many_b, scalings, scales is not None, dropout)
+        plan = one_pass(dys, x, layout, many_b, scalings, dora is not None, dropout)
         # what else makes dA is launched after the product
         overlaps = need_x and not (plan and plan.makes_da) and lets_begin(dzs, weights, layout, dropout, plan)
-        adding = adding_up.Adding.of(x, ns, layout, scalings, scales is not None, dropout, overlaps, like.dtype, plan)
+        adding = adding_up.Adding.of(x, ns, layout, scalings, dora is not None, dropout, overlaps, like.dtype, plan)
     # DoRA's scale goes with B: dy is not rounded once more on its way to the adapters
     if plan:
         work = adding.work
         a = skinny.make_a(dys, many_a, many_b, layout, adding.counters)
+        if dora:
+            dora.make(adding.of_dora)
         # held until the product beside it has its memory
         du, read = of_adapters(plan, dys, x, t, many_b, scales, layout, *sums, work, adding.of_pass)
     else:
+        if dora:
+            dora.make(None)
         du, a = skinny.make_du(dys, many_a, many_b, scalings, layout, scales, adding and adding.counters)
     dx = input_gradient(dzs, weights, du, a, layout, dropout, seeds, shape, plan, work) if need_x else x.new_empty(0)
     if adding and not (plan and plan.makes_da):
         own = [] if plan else dys
         adding_up.adapter_gradients(adding, sums, own, x, t, du, layout, scalings, scales, seeds)
-    return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *dm]
+    return [dx, *sums, *(dz.T @ x for dz in dzs if need_weights), *([dora.dm] if dora else [])]
 
 
 def _backward_fake(
     dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, scalings, dropout, fp8_scales, blocks, need_x, need_ws,
-    need_adapters,
+    need_adapters, magnitudes,
 ):  # fmt: skip
     like, rank = many_a[0], many_a[0].shape[0]
     total = sum(w.shape[0] for w in weights)
     sizes = ((len(weights), rank, x.shape[-1]), (total, rank)) if need_adapters else (0, 0)
     dws = [x.new_empty(w.shape) for w in weights] if need_ws else []
-    dm = [] if scales is None else [x.new_empty(total, dtype=torch.float32)]
+    dm = [] if scales is None else [x.new_empty(total, dtype=magnitudes)]
     return [x.new_empty(x.shape if need_x else 0), *(like.new_empty(size) for size in sizes), *dws, *dm]
 
 
 def _setup_context(ctx, inputs, output):
     x, *triples = inputs[:10]
-    weights, ctx.magnitudes = _given(*triples[::3]), [m.dtype for m in _given(*inputs[10:13])]
+    weights, ctx.magnitudes = _given(*triples[::3]), None if inputs[10] is None else inputs[10].dtype
     seeds, ctx.scalings, ctx.dropout, ctx.blocks = inputs[17:]
     fp8_scales = _given(*inputs[13:16])
     ctx.count = count = len(weights)
@@ -217,7 +220,7 @@ def _gradients(ctx, run_backward, *grads):
     need_weights, need_adapters = any(needs[1:10:3]), any(needs[2:10:3]) or any(needs[3:10:3])
     dx, da, db, *found = run_backward(
         *(dys, x, weights, many_a, many_b, t, outs, norms, scales, seeds, ctx.scalings),
-        *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], need_weights, need_adapters),
+        *(ctx.dropout, fp8_scales, ctx.blocks, needs[0], need_weights, need_adapters, ctx.magnitudes),
     )
     nothing = [None] * MOST
     dws, dm = (found[:count], found[count:]) if need_weights else (nothing, found)
@@ -226,7 +229,7 @@ def _gradients(ctx, run_backward, *grads):
     das, dbs = (da.unbind(), db.split(ns)) if need_adapters else (nothing, nothing)
     flat = [dx, *(g for of_one in zip(dws, das, dbs) for g in of_one)]
     flat += [None] * (1 + 3 * MOST - len(flat))
-    flat += [part for of_all in dm for part in of_all.to(ctx.magnitudes[0]).split(ns)]
+    flat += [part for of_all in dm for part in of_all.split(ns)]
     return *(g if needed else None for g, needed in zip(flat, needs)), *[None] * (len(needs) - len(flat))
 
 
