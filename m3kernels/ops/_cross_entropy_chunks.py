@@ -19,6 +19,9 @@ from m3kernels.ops._cross_entropy_kernels import (
 from m3kernels.ops._triton import HAS_TRITON
 
 LOGITS_BYTES = 256 * 2**20
+# With a frozen head no gradient of the weight is read and written for each chunk: an eighth of all logits will do, where
+# that is not less than this. At 4,096 tokens it is what the peak of a LoRA step consists of.
+LEAST_LOGITS_BYTES = 128 * 2**20
 # With label terms deferred, a bf16 weight gradient summed over 8 / 16 / 32 / 64 chunks has 1.05 / 1.10 / 1.22 / 1.42
 # times the error of one bf16 GEMM (simulated at 8,192 tokens and a vocabulary of 131,072; without: 1.9 over 8).
 MAX_ROUNDINGS = 32
@@ -50,9 +53,11 @@ def plan_chunks(rows: int, vocab: int, dtype: torch.dtype, options: Options) -> 
     """(rows of logits held at once, whether the weight gradient is summed in fp32)."""
     if rows == 0:
         return 0, options.needs_dweight and dtype == torch.float16
+    eighth = rows * vocab * dtype.itemsize // 8
+    budget = LOGITS_BYTES if options.needs_dweight else min(LOGITS_BYTES, max(LEAST_LOGITS_BYTES, eighth))
 
     def at_least(n: int) -> int:
-        fitting = max(1, n, (options.chunk_bytes or LOGITS_BYTES) // (vocab * dtype.itemsize))
+        fitting = max(1, n, (options.chunk_bytes or budget) // (vocab * dtype.itemsize))
         # whole tiles of the GEMM
         return min(rows, -(-fitting // 128) * 128 if fitting >= 128 else fitting)
 

@@ -313,7 +313,8 @@ def linear_cross_entropy(
         return_token_accuracy: also return the share of labels that are the (first) largest logit.
         accumulate_dtype: of the weight gradient's sum over chunks. None keeps its error within 1.5 times that of one
             GEMM; ``torch.float32`` sums in fp32 (4 bytes a weight more); the weight's dtype sums in that.
-        chunk_bytes: budget for the logits held at once; None chooses (256 MiB, more where the error bound demands).
+        chunk_bytes: budget for the logits held at once; None chooses (256 MiB, more where the error bound demands; from 128 MiB
+            on, an eighth of all, with a frozen weight).
         adapters: LoRA's of the head, each (A (R, width), B (vocab, R), scaling) of hidden's dtype or fp32: logits are
             ``hidden @ (weight + sum of scaling * B @ A).T``, of which only the products of a chunk are formed.
         backend: "auto", "triton" or "reference".
