@@ -11,13 +11,18 @@ print(report)
 
 from m3kernels import peft as peft  # not in __all__: a star import would hide the real peft
 from m3kernels.patching import PatchReport, is_patched, patch, patched, unpatch
+from m3kernels.patching.importing import when_imported
 
-try:
+
+def _name_attention() -> None:
+    """``from_pretrained(..., attn_implementation="m3kernels")``."""
     from m3kernels.patching.attention import register
-except ImportError:  # without transformers there is nobody to name our attention
-    pass
-else:
-    register()  # from_pretrained(..., attn_implementation="m3kernels")
+
+    register()
+
+
+# transformers' models take longer to import than all of this, and many who import this need none
+when_imported("transformers.modeling_utils", _name_attention)
 
 __version__ = "0.1.0"
 __all__ = ["PatchReport", "generate", "is_patched", "patch", "patched", "unpatch"]
