@@ -127,7 +127,7 @@ def _share_db(sums, p_slabs, p_arrived, p_db, p_scale, factor, first, lane, own,
               RANK: gl.constexpr, BLOCKS: gl.constexpr, SCALED: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Leaves dB of these rows; as soon as all shares have, adds up a part of the columns, in the order of the shares."""
     HALF: gl.constexpr = BLOCKS // 2
-    SOME: gl.constexpr = SUMMED // RANK  # columns that are added up at once
+    SOME: gl.constexpr = 2 * SUMMED // RANK  # columns that are added up at once
     share, shares, _ = own
     size: gl.constexpr = HALF * COLS * RANK
     p_lane = p_slabs + ((lane * 2 + half) * shares).to(gl.int64) * size
@@ -146,7 +146,7 @@ def _share_db(sums, p_slabs, p_arrived, p_db, p_scale, factor, first, lane, own,
         total = gl.zeros([SOME, RANK], gl.float32, across)
         for at in range(0, shares, AT_ONCE):
             for k in gl.static_range(AT_ONCE):
-                p_share = p_lane + (at + k) * size + unit * SUMMED
+                p_share = p_lane + (at + k) * size + unit * (SOME * RANK)
                 there = (o_sum >= 0) & (at + k < shares)
                 total += gl.load(p_share + o_sum, mask=there, other=0.0, cache_modifier=".cg")
         column = unit * SOME

@@ -155,6 +155,9 @@ def test_plan_bounds_roundings_and_memory():
         assert 1 <= step <= rows and not in_fp32 and -(-rows // step) <= chunks.MAX_ROUNDINGS
         assert step * 131072 * 2 <= max(chunks.LOGITS_BYTES, rows * 131072 * 2 / 30)
     assert plan(8192) == plan(8192, needs_dweight=False) == plan(8192, accumulate="weight") == (1024, False)
+    # an eighth of all, which is what a step of few tokens has at its peak
+    assert plan(4096, needs_dweight=False) == plan(2048, needs_dweight=False) == (512, False)
+    assert plan(4096) == plan(16384, needs_dweight=False) == (1024, False)
     assert plan(8192, accumulate="float32") == (1024, True)
     assert plan(8192, chunk_bytes=2**20) == (4, True)
     assert plan(8192, dtype=torch.float16)[1] and not plan(8192, dtype=torch.float32)[1]
