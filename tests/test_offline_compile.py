@@ -671,7 +671,6 @@ def test_lora_dy_hopper(rank, split, blocks, x_blocks, scaled, shared, spills):
         "BLOCKS": blocks,
         "X_BLOCKS": x_blocks,
         "JOINT": 3,
-        "MAKERS": form.makers(),
         "PARTS": 1 + split,
         "SCALED": scaled,
         "SHARED": shared,

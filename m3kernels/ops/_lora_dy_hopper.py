@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import BLOCK_M, READY, await_all, await_count, rows_written
+from m3kernels.ops._beside import READY, await_all, await_count, rows_written
 
 ROWS = gl.constexpr(64)
 COLS = gl.constexpr(128)
@@ -296,25 +296,24 @@ def _tell(p_arrived, memory, which, own, row_tiles):
 
 @gluon.jit
 def _sum(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows, rank, padded, du_stride, scalings,
-         RANK: gl.constexpr, MAKERS: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """du of every so many tiles of 64 rows, or 32, of all projections; of each, ``many`` lanes from ``begins`` on have parts."""
+         RANK: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """du of every so many tiles of 64 rows, of all projections; of each, ``many`` lanes from ``begins`` on have parts."""
     gdc_wait()
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
     # few enough that several parts are on their way
     SOME: gl.constexpr = SUMMED // RANK
-    UNIT: gl.constexpr = BLOCK_M // MAKERS
     o_m, o_r = gl.arange(0, SOME, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
     o_part = o_m[:, None] * RANK + o_r[None, :]
     size = row_tiles * (ROWS * RANK)
-    for unit in range(gl.program_id(0), row_tiles // 2 * MAKERS * count, gl.num_programs(0)):
+    for unit in range(gl.program_id(0), row_tiles * count, gl.num_programs(0)):
         m, which = unit // count, unit % count
-        tile = m // MAKERS
+        tile = m // 2
         factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
         begin = gl.where(which == 0, 0, gl.where(which == 1, begins[0], begins[1]))
         lanes = gl.where(which == 0, many[0], gl.where(which == 1, many[1], many[2]))
         await_count(p_arrived + which * (row_tiles // 2) + tile, lanes)
         gl.thread_barrier()
-        for row in range(m * UNIT, (m + 1) * UNIT, SOME):
+        for row in range(m * ROWS, (m + 1) * ROWS, SOME):
             total = gl.zeros([SOME, RANK], gl.float32, layout)
             for first in range(0, lanes, AT_ONCE):
                 for k in gl.static_range(AT_ONCE):
@@ -342,9 +341,9 @@ def lora_dy_kernel(
     d_y1, d_y2, d_y3, d_hi1, d_hi2, d_hi3, d_lo1, d_lo2, d_lo3, d_x, d_du, p_b1, p_b2, p_b3, p_scale, p_part, p_du, p_db, p_da,
     p_work, p_arrived, s1, s2, s3, n1, n2, n3, rows, row_tiles, width, rank, padded, du_stride, count, stripes,
     begin2, begin3, lanes1, lanes2, lanes3, lanes, shares, slabs_at,
-    RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, MAKERS: gl.constexpr,
-    PARTS: gl.constexpr, SCALED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr,
-    T_TILE: gl.constexpr, B_TILE: gl.constexpr,
+    RANK: gl.constexpr, BLOCKS: gl.constexpr, X_BLOCKS: gl.constexpr, JOINT: gl.constexpr, PARTS: gl.constexpr,
+    SCALED: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr, T_STAGES: gl.constexpr, T_TILE: gl.constexpr,
+    B_TILE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_y1.dtype
     s_y = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS], Y_TILE)
@@ -393,9 +392,9 @@ def lora_dy_kernel(
                        ns, width, rank, scalings, stripes, odd, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, SHARED, STAGES,
                        T_STAGES)),
             (_sum, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (lanes1, lanes2, lanes3), count, row_tiles, rows,
-                    rank, padded, du_stride, scalings, RANK, MAKERS, PARTS)),
-            (_produce, (ys, ts, d_x, d_du, p_work, memory, which, first, own, row_tiles, rank, padded, MAKERS * count, stripes,
-                        BLOCKS, X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES)),
+                    rank, padded, du_stride, scalings, RANK, PARTS)),
+            (_produce, (ys, ts, d_x, d_du, p_work, memory, which, first, own, row_tiles, rank, padded, 2 * count, stripes, BLOCKS,
+                        X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES)),
             (_tell, (p_arrived, memory, which, own, row_tiles)),
         ],
         [4, 4, 1, 1],

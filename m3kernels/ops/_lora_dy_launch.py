@@ -92,10 +92,6 @@ class Form(NamedTuple):
             gl.NVMMASharedLayout.get_default_for([n, self.rank], gl.bfloat16) for n in (ROWS.value, COLS.value)
         )
 
-    def makers(self) -> int:
-        """Of 128 rows of du: a warpgroup sums 64, or 32 where they are as many numbers."""
-        return 4 if self.rank == MOST_RANK else 2
-
     def stripes(self, width: int) -> int:
         """Of x, for a program each."""
         return cdiv(width, COLS.value * self.x_blocks) if self.x_blocks else 0
@@ -122,9 +118,7 @@ def best(
             into = PIECES[:1] if layout.count == MOST else PIECES
         busy = form.busy(rows, width, layout, ns)
         least = LEAST_SHARED if form.shares > 1 else LEAST
-        ends, cut = best_cut(
-            busy, form.programs(ns), m_tiles * n_tiles, tile, sms, form.makers() * layout.count, into, least
-        )
+        ends, cut = best_cut(busy, form.programs(ns), m_tiles * n_tiles, tile, sms, 2 * layout.count, into, least)
         return ends + (0.0 if form.x_blocks else 2 * rows * width / AFTER), cut
 
     def with_lateness(form: Form) -> tuple[float, int]:
@@ -222,20 +216,8 @@ def prepared(
             form.stripes(width),
         )
         + (*begins, *fill(tuple(lanes), 0), total, form.shares, slabs_at),
-        {
-            "RANK": form.rank,
-            "BLOCKS": form.blocks,
-            "X_BLOCKS": form.x_blocks,
-            "JOINT": layout.count,
-            "MAKERS": form.makers(),
-        }
-        | {
-            "PARTS": parts,
-            "SCALED": scaled,
-            "SHARED": form.shares > 1,
-            "STAGES": form.stages,
-            "T_STAGES": form.t_stages,
-        }
+        {"RANK": form.rank, "BLOCKS": form.blocks, "X_BLOCKS": form.x_blocks, "JOINT": layout.count, "PARTS": parts}
+        | {"SCALED": scaled, "SHARED": form.shares > 1, "STAGES": form.stages, "T_STAGES": form.t_stages}
         | {"T_TILE": t_tile, "B_TILE": b_tile}
         | {"num_warps": 4, "maxnreg": 128, "launch_pdl": True},
         (*three(ys), *three(his), *three(los), x, du, *[None] * 10),
