@@ -5,6 +5,7 @@
 A few programs own columns each and go down all rows, while the product already runs on the other multiprocessors
 (:mod:`m3kernels.ops._beside`): their dB stays in registers, their B in shared memory. What they add to du of a tile of rows
 leaves in fp32; as soon as all have, the warpgroup that sums adds the parts up, in a fixed order, and the product may have du.
+Several may share the same columns, each with every so many tiles of rows: then each adds up a part of dB at the end.
 Then, at small ranks, they own columns of x, for dA; else a kernel after the product makes it.
 
 One warp loads by the copy engine; two warpgroups take turns with tiles of 64 rows and 128 columns. fp32 adapters beside 16-bit
