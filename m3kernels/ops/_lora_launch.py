@@ -36,7 +36,7 @@ class SkinnyConfig:
 # by columns of small matrices that one tile of x meets
 SHRINK = {16: SkinnyConfig(32, 128, 4, 4), 96: SkinnyConfig(32, 64, 4, 3)}
 OUTER = {
-    16: SkinnyConfig(64, 128, 4, 3),
+    16: SkinnyConfig(128, 64, 4, 3, 2),
     48: SkinnyConfig(64, 64, 4, 3),
     64: SkinnyConfig(128, 64, 4, 3, 2),
     192: SkinnyConfig(64, 64, 4, 3),
