@@ -1,5 +1,6 @@
 # make demo   sets up .venv and runs the demo
-# make test   sets up .venv and runs the whole suite
+# make test   sets up .venv and runs the suite: every test, of those with many cases a quarter, other ones with every commit
+# make test-all   the same with all cases, and the slow tests
 #
 # TORCH   what to install where no fitting torch is present, e.g. TORCH="torch==2.13.0 --index-url URL-of-a-CUDA-build"
 # PYTHON  the interpreter that makes .venv
@@ -9,13 +10,14 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+CASES ?= --cases 0.25
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMP := $(if $(VENV),$(VENV)/.m3k,.m3k)
 # -p no:cacheprovider: two runs below, one cache would mix them
 PYTEST := $(PY) -m pytest -n $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}') -p no:cacheprovider
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(STAMP)-demo
 	$(PY) -m m3kernels.cli demo $(ARGS)
@@ -27,9 +29,12 @@ INTERPRET := $(if $(shell command -v nvidia-smi 2>/dev/null),,TRITON_INTERPRET=1
 
 # kernels run in Triton's interpreter where there is no GPU; the rest of the suite takes the plain PyTorch references
 test: $(STAMP)-test
-	$(PYTEST) tests --ignore tests/ops $(ARGS)
-	$(INTERPRET) $(PYTEST) $(KERNELS) $(ARGS)
-	$(if $(INTERPRET),$(INTERPRET) $(PYTEST) $(MARKED) -m interpreter $(ARGS))
+	$(PYTEST) tests --ignore tests/ops $(CASES) $(ARGS)
+	$(INTERPRET) $(PYTEST) $(KERNELS) $(CASES) $(ARGS)
+	$(if $(INTERPRET),$(INTERPRET) $(PYTEST) $(MARKED) -m interpreter $(CASES) $(ARGS))
+
+test-all:
+	$(MAKE) test CASES=
 
 lint:
 	ruff check . && ruff format --check .

@@ -1,10 +1,13 @@
-"""Fixtures: devices, model pairs, a process group. ``gpu`` tests skip without CUDA."""
+"""Fixtures: devices, model pairs, a process group. ``gpu`` tests skip without CUDA. ``--cases``: a share of the suite."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from case_shares import left_out
 
 from models import twins
 
@@ -22,12 +25,39 @@ def pytest_configure(config):
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="this share of every test's cases, one at least, others with every commit, and no test marked slow (default: all)",
+    )
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def pytest_report_header(config):
+    share = config.getoption("cases")
+    return None if share >= 1 else f"cases: {share:.0%} of every test's, those of commit {_commit()[:7] or '(no git)'}"
+
+
+# after what -k and -m leave out
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    runnable = items
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        runnable = [item for item in items if not item.get_closest_marker("gpu")]
+    if (share := config.getoption("cases")) < 1:
+        found = left_out(runnable, share, _commit())
+        config.hook.pytest_deselected(items=[item for item in items if item in found])
+        items[:] = [item for item in items if item not in found]
 
 
 @pytest.fixture(params=["cpu", CUDA])

@@ -72,6 +72,7 @@ def test_prompts_with_an_image_and_the_tower_alone(monkeypatch):
     assert rows["hf+compile"]["status"] == "missing"
 
 
+@pytest.mark.slow
 def test_compiled_decoding_is_one_graph_and_leaves_no_trace(monkeypatch):
     from transformers import CompileConfig
 

@@ -96,6 +96,7 @@ def test_a_recipe_that_was_stopped_has_no_speed(tmp_path, monkeypatch):
     assert row["not_run"] == "stopped after 1 of 2 steps" and "ms" not in row
 
 
+@pytest.mark.slow
 def test_recipes_run_at_their_tensor_parallelism(tmp_path):
     """Tiny models in the place of the 8B and 14B: full at tp 2, and LoRA; tp 4 does not divide two processes."""
     (rows, layouts), _ = run(2, recipe_jobs.train, tmp_path, ("8b-none", "8b-lora", "14b-none"))

@@ -206,6 +206,7 @@ def _two_ranks(rank: int, folder: str) -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="transformers' tensor parallelism takes the GPU where there is one"
 )
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     build(vocab_size=152).save_pretrained(tmp_path / "model")
     torch.multiprocessing.spawn(_two_ranks, (str(tmp_path),), nprocs=2)

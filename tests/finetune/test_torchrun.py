@@ -80,6 +80,7 @@ def test_the_documented_command(tmp_path):
     assert trained and all(x.any() for x in trained)
 
 
+@pytest.mark.slow
 def test_killed_ranks_are_restarted_and_end_with_the_same_bits(checkpoint, tmp_path, straight):
     """Here while a file is written; at other moments, and saving in the background, in ``test_stops``."""
     arguments = [*runs.arguments(checkpoint, SAVING), f"dir={tmp_path}"]
@@ -87,6 +88,7 @@ def test_killed_ranks_are_restarted_and_end_with_the_same_bits(checkpoint, tmp_p
     assert "exitcode: -9" in out and "resumed from" in out and same(tmp_path / "default", straight)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_later_start_goes_on(checkpoint, tmp_path, straight):
     arguments = [*runs.arguments(checkpoint), f"dir={tmp_path}"]
     told = tmp_path / "default/metrics.jsonl"

@@ -112,6 +112,7 @@ def test_ctrl_c_leaves_what_there_is(capsys, scripted, stream, tmp_path):
     assert line["reason"] == "interrupted" and "interrupted" in err
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_stream_with_what_there_is(tmp_path):
     """A process and a real Ctrl-C: the answer would never end."""
     code = (
@@ -288,6 +289,7 @@ def test_megatron_bridges_script(capsys, picture):
         assert exit.value.code == 2 and reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_say_what_one_says(picture, tmp_path):
     output = tmp_path / "a.jsonl"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]

@@ -25,6 +25,7 @@ def losses(*command: str) -> list[float]:
     return [float(found) for found in re.findall(r"loss ([\d.]+)", done.stdout)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo on localhost")
 def test_one_loss_whatever_the_layout():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -5,6 +5,7 @@ import math
 from unittest import mock
 
 import check_jobs
+import pytest
 import torch
 from pool import run
 
@@ -12,6 +13,7 @@ from m3kernels.bench.parallel_check import PRECISIONS, Checks, named
 from m3kernels.bench.parallel_runs import ALONE, Runs, prepare
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, capsys):
     """What ``main`` does with its ranks, without their starts, which take a minute of two cores."""
     folder, out = tmp_path / "runs", tmp_path / "checks.ndjson"
