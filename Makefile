@@ -17,6 +17,9 @@ STAMP := $(if $(VENV),$(VENV)/.m3k,.m3k)
 # -p no:cacheprovider: two runs below, one cache would mix them
 PYTEST := $(PY) -m pytest -n $(shell nproc 2>/dev/null | awk '{print ($$1 < 8) ? $$1 : 8}') -p no:cacheprovider
 
+# bytecode is written as modules are imported: compiling all that is installed takes longer than the install
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all lint clean
 
 demo: $(STAMP)-demo
@@ -49,8 +52,8 @@ endif
 
 # torch first and by itself: a bare requirement would take the newest CUDA build, of several GB
 define install
-	$(PY) -c "import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -m pip install -e '.[$(1)]' $(2)
+	$(PY) -c "import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null || $(PY) -m pip install --no-compile $(TORCH)
+	$(PY) -m pip install --no-compile -e '.[$(1)]' $(2)
 	touch $@
 endef
 
