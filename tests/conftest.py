@@ -1,5 +1,6 @@
 """Fixtures: devices, model pairs, a process group. ``gpu`` tests skip without CUDA. ``--cases``: a share of the suite."""
 
+import argparse
 import os
 import subprocess
 from pathlib import Path
@@ -25,10 +26,16 @@ def pytest_configure(config):
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def _share(given: str) -> float:
+    if not 0 < (share := float(given)) <= 1:
+        raise argparse.ArgumentTypeError(f"a share of the cases is over 0 and at most 1, got {given}")
+    return share
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--cases",
-        type=float,
+        type=_share,
         default=1.0,
         metavar="SHARE",
         help="this share of every test's cases, one at least, others with every commit, and no test marked slow (default: all)",
@@ -36,7 +43,11 @@ def pytest_addoption(parser):
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Empty where there is no git, or no repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
     return found.stdout.strip()
 
 
