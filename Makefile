@@ -1,5 +1,5 @@
 # make demo   sets up .venv and runs the demo
-# make test   sets up .venv and runs the suite: every test, of those with many cases a quarter, other ones with every commit
+# make test   sets up .venv and runs the suite: a quarter of every test's cases, one at least, others with every commit; no slow tests
 # make test-all   the same with all cases, and the slow tests
 #
 # TORCH   what to install where no fitting torch is present, e.g. TORCH="torch==2.13.0 --index-url URL-of-a-CUDA-build"

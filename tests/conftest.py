@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,17 +41,15 @@ def pytest_addoption(parser):
 
 
 def _commit() -> str:
-    """Empty where there is no git, or no repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return found.stdout.strip()
+    # only a run of a share pays for the import
+    from m3kernels.bench.results import commit
+
+    return commit()
 
 
 def pytest_report_header(config):
     share = config.getoption("cases")
-    return None if share >= 1 else f"cases: {share:.0%} of every test's, those of commit {_commit()[:7] or '(no git)'}"
+    return None if share >= 1 else f"cases: {share:.0%} of every test's, those of {_commit()}"
 
 
 # after what -k and -m leave out
