@@ -5,7 +5,7 @@ what the memory gives: a dozen of them make t = x A^T while the others multiply,
 tiles from a counter, whenever a multiprocessor comes free, and waits for the rows of t that a tile adds at its end.
 
 Whole tiles seldom come out even: the last of them are cut into pieces of their sums, so that all multiprocessors end
-together. Each piece leaves its share in fp32; whichever comes last adds the shares up, in the order of the pieces.
+together. Each piece leaves its share in fp32; as soon as all have, each adds up some of the columns, in the order of the pieces.
 
 ``p_work``: int32, set to zero by a kernel before both: the next unit (a tile or a piece), then for every tile of rows how many
 of its makers have written theirs, then for each warpgroup of every tile in pieces how many it has.
@@ -90,6 +90,17 @@ def unit_of(index, whole, pieces, steps):
 
 
 @gluon.jit
+def share_offsets(rows: gl.constexpr, cols: gl.constexpr, layout: gl.constexpr):
+    """Where numbers of a share lie: 8 x 8 side by side, as a warp holds them, so that it reads and writes whole lines.
+
+    64 rows lie behind the 64 before them, and of those, 8 columns behind the 8 before.
+    """
+    o_m, o_n = gl.arange(0, rows, gl.SliceLayout(1, layout)), gl.arange(0, cols, gl.SliceLayout(0, layout))
+    o_rows = o_m // 64 * (64 * cols) + o_m // 16 % 4 * 64 + o_m // 8 % 2 * 256 + o_m % 8 * 8
+    return o_rows[:, None] + (o_n // 8 * 512 + o_n % 8)[None, :]
+
+
+@gluon.jit
 def next_tile(p_work):
     return gl.atomic_add(p_work, 1, sem="relaxed", scope="gpu")
 
@@ -139,9 +150,9 @@ ONE, ALL = 90e3, 2.4e6
 TILE = 0.0108
 # what a pass may be slower than its model before the product waits for it
 MARGIN = 1.1
-# into how many pieces a tile may be cut; microseconds that each takes longer, that adding one up takes, and what the way of all
-# through the cache costs for each; measured, too
-PIECES, HANDED, JOINED, PASSED = (2, 4), 6.0, 2.0, 0.15
+# into how many pieces a tile may be cut; microseconds that each takes longer, and what the way of all through the cache costs for
+# each; measured, too
+PIECES, HANDED, PASSED = (2, 4), 10.0, 0.15
 # what a cut must gain, a fortieth at least, and where several programs share columns: such a pass is nearer to its model
 LEAST, LEAST_SHARED = 10.0, 4.0
 
@@ -177,7 +188,7 @@ def _in_pieces(busy, programs, tiles, tile, sms, pieces, after) -> tuple[float, 
     done = lambda moment: sum(many * max(0, int((moment - at) / piece + 1e-6)) for many, at in free)
     moments = sorted(at + n * piece for _, at in free for n in range(cdiv(left, others) + 1))
     end = next(moment for moment in moments if done(moment) >= left)
-    return max(end, free[0][1], free[1][1]) + JOINED * pieces + PASSED * left, whole
+    return max(end, free[0][1], free[1][1]) + PASSED * left, whole
 
 
 def best_cut(

@@ -23,14 +23,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import BLOCK_M, READY, TOGETHER, await_rows, new_queue, next_tile, told, took, unit_of
+from m3kernels.ops._beside import (
+    BLOCK_M,
+    READY,
+    TOGETHER,
+    await_count,
+    await_rows,
+    new_queue,
+    next_tile,
+    share_offsets,
+    told,
+    took,
+    unit_of,
+)
 
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute
 ROWS = gl.constexpr(64)  # rows of one
 BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 STAGES = gl.constexpr(3)  # 144 KB, and 64 KB that results leave from
-PANEL = gl.constexpr(64)  # columns that are joined at once, of so many shares
+PANEL = gl.constexpr(64)  # columns that leave side by side, and are joined at once of so many shares
+PANELS = gl.constexpr(4)
 AT_ONCE = gl.constexpr(4)
 
 A_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
@@ -87,11 +100,12 @@ def _load_all(d_left, d_right, memory, count, row, col, begin, end, ACROSS: gl.c
 
 
 @gluon.jit
-def _produce(left, right, d_t, d_low, p_work, memory, queue, order, cut, k_tiles, rows, low_tiles, second, third, starts, ready,
-             ACROSS: gl.constexpr, COUNT: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr):  # fmt: skip
+def _produce(left, right, d_t, d_low, p_work, memory, queue, joined, order, cut, k_tiles, rows, low_tiles, second, third, starts,
+             ready, ACROSS: gl.constexpr, COUNT: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr,
+             CUT: gl.constexpr):  # fmt: skip
     m_tiles, n_tiles = order
     whole, pieces, units = cut
-    count, taken = 0, 0
+    count, taken, joins = 0, 0, 0
     index = next_tile(p_work) if BESIDE else gl.program_id(0)
     while index < units:
         if BESIDE:
@@ -130,6 +144,10 @@ def _produce(left, right, d_t, d_low, p_work, memory, queue, order, cut, k_tiles
         first, last = gl.maximum(begin - (steps - low_tiles), 0), end - (steps - low_tiles)
         count = _load_all(d_t, d_low, memory, count, t_row, low_row, first, last, ACROSS)
         taken += 1
+        if CUT and index >= whole:
+            # a piece waits for the others of its tile: none of those may be this program's next unit
+            mbarrier.wait(joined, joins & 1)
+            joins += 1
         index = next_tile(p_work) if BESIDE else index + gl.num_programs(0)
     if BESIDE:
         told(units, queue, taken)
@@ -147,44 +165,34 @@ def _put(s_out, acc, p_scale, n_cols, SCALED: gl.constexpr):
 
 
 @gluon.jit
-def _share_offsets(COLS: gl.constexpr, layout: gl.constexpr):
-    """Where numbers of a share lie: 8 x 8 side by side, as a warp holds them, so that it reads and writes whole lines."""
-    o_m, o_n = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, COLS, gl.SliceLayout(0, layout))
-    o_rows = o_m // 16 * 64 + o_m // 8 % 2 * 256 + o_m % 8 * 8
-    return o_rows[:, None] + (o_n // 8 * 512 + o_n % 8)[None, :]
-
-
-@gluon.jit
-def _hand_over(acc, p_share, p_arrived, layout: gl.constexpr):
-    """Leaves a piece's share of a sum; how many were there before."""
-    gl.store(p_share + _share_offsets(BLOCK_N, layout), acc)
+def _join(acc, s_out, p_shares, p_arrived, piece, pieces, p_scale, n_cols, which: gl.constexpr, SCALED: gl.constexpr,
+          layout: gl.constexpr):  # fmt: skip
+    """Leaves a piece's share of a sum; as soon as all have, adds up every so many panels of it, in the order of the shares."""
+    size: gl.constexpr = CONSUMERS * ROWS * BLOCK_N
+    gl.store(p_shares + piece * size + share_offsets(ROWS, BLOCK_N, layout), acc)
     gl.thread_barrier()
-    arrived = gl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu")
+    gl.atomic_add(p_arrived, 1, sem="release", scope="gpu")
+    await_count(p_arrived, pieces)
     gl.thread_barrier()
-    return arrived
-
-
-@gluon.jit
-def _join(s_out, p_shares, pieces, p_scale, n_cols, SCALED: gl.constexpr):
-    """The sum of all shares, in their order, to where it leaves from."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PANEL, 16])
-    o_share = _share_offsets(PANEL, layout)
-    for panel in gl.static_range(BLOCK_N // PANEL):
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PANEL, 16])
+    o_share = share_offsets(ROWS, PANEL, narrow)
+    for panel in range(piece, PANELS, pieces):
         p_panel = p_shares + panel * (ROWS * PANEL)
-        total = gl.zeros([ROWS, PANEL], gl.float32, layout)
+        total = gl.zeros([ROWS, PANEL], gl.float32, narrow)
         for first in range(0, pieces, AT_ONCE):
             for k in gl.static_range(AT_ONCE):
-                p_share = p_panel + (first + k) * (CONSUMERS * ROWS * BLOCK_N)
                 there = (o_share >= 0) & (first + k < pieces)
-                total += gl.load(p_share + o_share, mask=there, other=0.0, cache_modifier=".cg")
-        s_panel = s_out.slice(panel * PANEL, PANEL, dim=1)
-        _put(s_panel, total, p_scale + panel * PANEL, n_cols - panel * PANEL, SCALED)
+                total += gl.load(p_panel + (first + k) * size + o_share, mask=there, other=0.0, cache_modifier=".cg")
+        col = panel * PANEL
+        _put(s_out.index(which * PANELS + panel), total, p_scale + col, n_cols - col, SCALED)
 
 
 @gluon.jit
-def _copy(d_out, s_out, row, col):
+def _copy(d_out, s_out, row, col, panel, step, which: gl.constexpr):
+    """Every so many panels of a warpgroup's."""
     fence_async_shared()
-    tma.async_copy_shared_to_global(d_out, [row, col], s_out)
+    for i in range(panel, PANELS, step):
+        tma.async_copy_shared_to_global(d_out, [row, col + i * PANEL], s_out.index(which * PANELS + i))
 
 
 @gluon.jit
@@ -204,9 +212,9 @@ def _steps(acc, memory, count, n_tiles, which: gl.constexpr, ACROSS: gl.constexp
 
 
 @gluon.jit
-def _consume(outs, p_scale, p_work, p_shares, ns, memory, queue, s_out, order, cut, k_tiles, low_tiles, second, third, starts,
-             which: gl.constexpr, ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr,
-             BESIDE: gl.constexpr):  # fmt: skip
+def _consume(outs, p_scale, p_work, p_shares, ns, memory, queue, joined, s_out, s_tiles, order, cut, k_tiles, low_tiles, second,
+             third, starts, which: gl.constexpr, ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr,
+             OVERLAP: gl.constexpr, BESIDE: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     m_tiles, n_tiles = order
     whole, pieces, units = cut
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -232,29 +240,23 @@ def _consume(outs, p_scale, p_work, p_shares, ns, memory, queue, s_out, order, c
                     gdc_wait()
                 p_columns = p_scale + gl.where(part == 0, 0, gl.where(part == 1, starts[0], starts[1])) + col
                 n_cols = gl.where(part == 0, ns[0], gl.where(part == 1, ns[1], ns[2])) - col
-        s_tile = s_out.index(which)
         tma.store_wait(0)
-        complete = True
-        if BESIDE:
-            if index < whole:
-                _put(s_tile, acc, p_columns, n_cols, SCALED)
-            else:
-                share = (index - whole - piece).to(gl.int64) * CONSUMERS + which
-                p_all = p_shares + share * (ROWS * BLOCK_N)
-                p_arrived = p_work + READY + m_tiles + (tile - whole) * CONSUMERS + which
-                p_share = p_all + piece * (CONSUMERS * ROWS * BLOCK_N)
-                complete = _hand_over(acc, p_share, p_arrived, layout) == pieces - 1
-                if complete:
-                    _join(s_tile, p_all, pieces, p_columns, n_cols, SCALED)
+        panel, step = 0, 1
+        if CUT and index >= whole:
+            share = (index - whole - piece).to(gl.int64) * CONSUMERS + which
+            p_arrived = p_work + READY + m_tiles + (tile - whole) * CONSUMERS + which
+            p_tile = p_shares + share * (ROWS * BLOCK_N)
+            _join(acc, s_out, p_tile, p_arrived, piece, pieces, p_columns, n_cols, which, SCALED, layout)
+            mbarrier.arrive(joined, count=1)
+            panel, step = piece, pieces
         else:
-            _put(s_tile, acc, p_columns, n_cols, SCALED)
-        if complete:
-            if ACROSS or COUNT == 1 or part == 0:
-                _copy(outs[0], s_tile, row, col)
-            elif COUNT == 2 or part == 1:
-                _copy(outs[1], s_tile, row, col)
-            else:
-                _copy(outs[2], s_tile, row, col)
+            _put(s_tiles.index(which), acc, p_columns, n_cols, SCALED)
+        if ACROSS or COUNT == 1 or part == 0:
+            _copy(outs[0], s_out, row, col, panel, step, which)
+        elif COUNT == 2 or part == 1:
+            _copy(outs[1], s_out, row, col, panel, step, which)
+        else:
+            _copy(outs[2], s_out, row, col, panel, step, which)
         taken += 1
         index = took(queue, taken) if BESIDE else index + gl.num_programs(0)
     tma.store_wait(0)
@@ -271,6 +273,7 @@ def linear_low_rank_kernel(
     n1, n2, n3, k_tiles1, k_tiles2, k_tiles3, m_tiles, n_tiles, whole, pieces, units, rows, low_tiles,
     second, third, start2, start3, ready,
     ACROSS: gl.constexpr, COUNT: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr, BESIDE: gl.constexpr,
+    CUT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = d_a1.dtype
     s_a = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], A_TILE)
@@ -278,12 +281,15 @@ def linear_low_rank_kernel(
         s_b = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], B_TILE_ACROSS)
     else:
         s_b = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], B_TILE)
-    s_out = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_N], B_TILE_ACROSS)
+    s_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_N], B_TILE_ACROSS)
+    s_out = s_tiles._reinterpret(dtype, [CONSUMERS * PANELS, ROWS, PANEL], B_TILE_ACROSS)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    joined = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(joined, count=CONSUMERS)
     queue = new_queue()
     memory, order, k_tiles = (s_a, s_b, full, empty), (m_tiles, n_tiles), (k_tiles1, k_tiles2, k_tiles3)
     left, right, outs, ns = (d_a1, d_a2, d_a3), (d_b1, d_b2, d_b3), (d_out1, d_out2, d_out3), (n1, n2, n3)
@@ -293,12 +299,12 @@ def linear_low_rank_kernel(
     lower: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (outs, p_scale, p_work, p_shares, ns, memory, queue, s_out, order, cut, k_tiles, low_tiles, second, third,
-                        starts, upper, ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
-            (_consume, (outs, p_scale, p_work, p_shares, ns, memory, queue, s_out, order, cut, k_tiles, low_tiles, second, third,
-                        starts, lower, ACROSS, COUNT, SCALED, OVERLAP, BESIDE)),
-            (_produce, (left, right, d_t, d_low, p_work, memory, queue, order, cut, k_tiles, rows, low_tiles, second, third,
-                        starts, ready, ACROSS, COUNT, OVERLAP, BESIDE)),
+            (_consume, (outs, p_scale, p_work, p_shares, ns, memory, queue, joined, s_out, s_tiles, order, cut, k_tiles,
+                        low_tiles, second, third, starts, upper, ACROSS, COUNT, SCALED, OVERLAP, BESIDE, CUT)),
+            (_consume, (outs, p_scale, p_work, p_shares, ns, memory, queue, joined, s_out, s_tiles, order, cut, k_tiles,
+                        low_tiles, second, third, starts, lower, ACROSS, COUNT, SCALED, OVERLAP, BESIDE, CUT)),
+            (_produce, (left, right, d_t, d_low, p_work, memory, queue, joined, order, cut, k_tiles, rows, low_tiles, second,
+                        third, starts, ready, ACROSS, COUNT, OVERLAP, BESIDE, CUT)),
         ],
         [4, 1],
         [232, 40],

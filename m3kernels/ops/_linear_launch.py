@@ -16,6 +16,7 @@ from m3kernels.ops._linear_hopper import (
     B_TILE_ACROSS,
     BLOCK_K,
     BLOCK_N,
+    PANEL,
     ROWS,
     linear_low_rank_kernel,
 )
@@ -63,7 +64,7 @@ def _prepared(
     fits = dtype in (torch.bfloat16, torch.float16) and not any(n % 8 for n in ns)
     if not fits or m_tiles * n_tiles < sm_count(device):
         return None
-    left, piece = ((ROWS.value, BLOCK_K.value), A_TILE.value), ((ROWS.value, BLOCK_N.value), B_TILE_ACROSS.value)
+    left, piece = ((ROWS.value, BLOCK_K.value), A_TILE.value), ((ROWS.value, PANEL.value), B_TILE_ACROSS.value)
     padded, width = layout.padded, layout.width
     if across:
         right = (BLOCK_K.value, BLOCK_N.value), B_TILE_ACROSS.value
@@ -107,6 +108,7 @@ def _prepared(
             "SCALED": scaled,
             "OVERLAP": overlaps,
             "BESIDE": cut is not None,
+            "CUT": bool(cut and cut.cut),
             "num_warps": 4,
             "maxnreg": 168,
         }
