@@ -23,15 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from m3kernels.ops._beside import READY, await_all, await_count, rows_written
+from m3kernels.ops._beside import READY, await_all, share_offsets
+from m3kernels.ops._lora_dy_sums import COLS, ROWS, put_db, share_db, sum_du, unit_rows
 
-ROWS = gl.constexpr(64)
-COLS = gl.constexpr(128)
 TOLD = gl.constexpr(4)  # tiles of rows whose parts are stored and not yet counted
 FAR = gl.constexpr(2**30)
-SUMMED = gl.constexpr(1024)  # numbers of du that a warpgroup adds up at once
-AT_ONCE = gl.constexpr(4)  # parts of du that are summed from loads side by side
-
 Y_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16))
 
 
@@ -99,60 +95,25 @@ def _load_block(d_y, memory, count, row, col, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fill_b(p_b, p_scale, s_hi, s_lo, col, n_cols, rank, RANK: gl.constexpr, PARTS: gl.constexpr, SCALED: gl.constexpr):
-    """B's rows of a block of columns, times DoRA's scale of each."""
+def _rows_of_b(p_b, col, n_cols, rank, RANK: gl.constexpr):
+    """B's rows of a block of columns."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
     o_n, o_r = col + gl.arange(0, COLS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
     mask = (o_n < n_cols)[:, None] & (o_r < rank)[None, :]
-    b = gl.load(p_b + o_n[:, None].to(gl.int64) * rank + o_r[None, :], mask=mask, other=0.0).to(gl.float32)
+    return gl.load(p_b + o_n[:, None].to(gl.int64) * rank + o_r[None, :], mask=mask, other=0.0)
+
+
+@gluon.jit
+def _fill_b(b, p_scale, s_hi, s_lo, col, n_cols, PARTS: gl.constexpr, SCALED: gl.constexpr):
+    """Rows of B, times DoRA's scale of each, to shared memory."""
+    b = b.to(gl.float32)
     if SCALED:
+        o_n = col + gl.arange(0, COLS, gl.SliceLayout(1, b.type.layout))
         b *= gl.load(p_scale + o_n, mask=o_n < n_cols, other=0.0)[:, None]
     hi = b.to(s_hi.dtype)
     s_hi.store(hi)
     if PARTS == 2:
         s_lo.store((b - hi.to(gl.float32)).to(hi.dtype))
-
-
-@gluon.jit
-def _put_db(db, p_db, p_scale, factor, o_col, o_r, before, n_cols, rank, SCALED: gl.constexpr):
-    """Numbers of dB, times DoRA's scale of each column of dy."""
-    db *= factor
-    if SCALED:
-        db *= gl.load(p_scale + o_col, mask=o_col < n_cols, other=0.0)[:, None]
-    o_db = (before + o_col)[:, None].to(gl.int64) * rank + o_r[None, :]
-    gl.store(p_db + o_db, db.to(p_db.dtype.element_ty), mask=(o_col < n_cols)[:, None] & (o_r < rank)[None, :])
-
-
-@gluon.jit
-def _share_db(sums, p_slabs, p_arrived, p_db, p_scale, factor, first, lane, own, before, n_cols, rank, half: gl.constexpr,
-              RANK: gl.constexpr, BLOCKS: gl.constexpr, SCALED: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Leaves dB of these rows; as soon as all shares have, adds up a part of the columns, in the order of the shares."""
-    HALF: gl.constexpr = BLOCKS // 2
-    SOME: gl.constexpr = 2 * SUMMED // RANK  # columns that are added up at once
-    share, shares, _ = own
-    size: gl.constexpr = HALF * COLS * RANK
-    p_lane = p_slabs + ((lane * 2 + half) * shares).to(gl.int64) * size
-    o_n, o_r = gl.arange(0, COLS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    for c in gl.static_range(HALF):
-        gl.store(p_lane + share * size + c * (COLS * RANK) + o_n[:, None] * RANK + o_r[None, :], sums[c])
-    gl.thread_barrier()
-    p_count = p_arrived + lane * 2 + half
-    gl.atomic_add(p_count, 1, sem="release", scope="gpu")
-    await_count(p_count, shares)
-    gl.thread_barrier()
-    across: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
-    o_some, o_r = gl.arange(0, SOME, gl.SliceLayout(1, across)), gl.arange(0, RANK, gl.SliceLayout(0, across))
-    o_sum = o_some[:, None] * RANK + o_r[None, :]
-    for unit in range(share, HALF * COLS // SOME, shares):
-        total = gl.zeros([SOME, RANK], gl.float32, across)
-        for at in range(0, shares, AT_ONCE):
-            for k in gl.static_range(AT_ONCE):
-                p_share = p_lane + (at + k) * size + unit * (SOME * RANK)
-                there = (o_sum >= 0) & (at + k < shares)
-                total += gl.load(p_share + o_sum, mask=there, other=0.0, cache_modifier=".cg")
-        column = unit * SOME
-        col = (first + 2 * (column // COLS) + half) * COLS + column % COLS
-        _put_db(total, p_db, p_scale, factor, col + o_some, o_r, before, n_cols, rank, SCALED)
 
 
 @gluon.jit
@@ -170,16 +131,21 @@ def _stream(bs, p_scale, p_part, p_slabs, p_arrived, p_db, p_da, s_b, s_du, memo
         p_b = bs[1]
     elif which == 2:
         p_b = bs[2]
-    for c in gl.static_range(HALF):
-        i = 2 * c + half
-        s_hi, s_lo, col = s_b.index(i * PARTS), s_b.index(i * PARTS + PARTS - 1), (first + i) * COLS
-        _fill_b(p_b, p_scale + before, s_hi, s_lo, col, n_cols, rank, RANK, PARTS, SCALED)
+    # two blocks on their way at a time, where registers allow
+    PAIR: gl.constexpr = 2 if HALF % 2 == 0 and PARTS == 1 else 1
+    for begin in gl.static_range(0, HALF, PAIR):
+        pair = ()
+        for c in gl.static_range(PAIR):
+            pair = pair + (_rows_of_b(p_b, (first + 2 * (begin + c) + half) * COLS, n_cols, rank, RANK),)
+        for c in gl.static_range(PAIR):
+            i = 2 * (begin + c) + half
+            s_hi, s_lo = s_b.index(i * PARTS), s_b.index(i * PARTS + PARTS - 1)
+            _fill_b(pair[c], p_scale + before, s_hi, s_lo, (first + i) * COLS, n_cols, PARTS, SCALED)
     fence_async_shared()
     gl.thread_barrier()
     gdc_wait()
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RANK, 16])
-    o_m, o_r = gl.arange(0, ROWS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    o_n = gl.arange(0, COLS, gl.SliceLayout(1, layout))
+    o_n, o_r = gl.arange(0, COLS, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
     sums = ()
     for _ in gl.static_range(HALF):
         sums = sums + (gl.zeros([COLS, RANK], gl.float32, layout),)
@@ -215,7 +181,7 @@ def _stream(bs, p_scale, p_part, p_slabs, p_arrived, p_db, p_da, s_b, s_du, memo
             gl.thread_barrier()
             mbarrier.arrive(half_empty, count=1)
             p_rows = p_part + (lane * row_tiles + _rows_of(step, own)).to(gl.int64) * (ROWS * RANK)
-            gl.store(p_rows + o_m[:, None] * RANK + o_r[None, :], du)
+            gl.store(p_rows + share_offsets(ROWS, RANK, layout), du)
             if step % 2 == 1:
                 tile = step // 2
                 mbarrier.wait(told.index(tile % TOLD), (tile // TOLD & 1) ^ 1)
@@ -223,12 +189,12 @@ def _stream(bs, p_scale, p_part, p_slabs, p_arrived, p_db, p_da, s_b, s_du, memo
                 mbarrier.arrive(stored.index(tile % TOLD), count=1)
     factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
     if SHARED:
-        _share_db(sums, p_slabs, p_arrived, p_db, p_scale + before, factor, first, lane, own, before, n_cols, rank, half, RANK,
-                  BLOCKS, SCALED, layout)  # fmt: skip
+        share_db(sums, p_slabs, p_arrived, p_db, p_scale + before, factor, first, lane, own, before, n_cols, rank, half, RANK,
+                 BLOCKS, SCALED, layout)  # fmt: skip
     else:
         for c in gl.static_range(HALF):
             o_col = (first + 2 * c + half) * COLS + o_n
-            _put_db(sums[c], p_db, p_scale + before, factor, o_col, o_r, before, n_cols, rank, SCALED)
+            put_db(sums[c], p_db, p_scale + before, factor, o_col, o_r, before, n_cols, rank, SCALED)
     if X_BLOCKS:
         sizes = (2 * own[2], row_tiles, width, rank, stripes)
         _stream_x(p_da, memory, sizes, half, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES)
@@ -295,43 +261,6 @@ def _tell(p_arrived, memory, which, own, row_tiles):
         mbarrier.arrive(told.index(i % TOLD), count=1)
 
 
-@gluon.jit
-def _sum(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows, rank, padded, du_stride, scalings,
-         RANK: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """du of every so many tiles of 64 rows, of all projections; of each, ``many`` lanes from ``begins`` on have parts."""
-    gdc_wait()
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RANK, RANK // 4], [4, 1], [1, 0])
-    # few enough that several parts are on their way
-    SOME: gl.constexpr = SUMMED // RANK
-    o_m, o_r = gl.arange(0, SOME, gl.SliceLayout(1, layout)), gl.arange(0, RANK, gl.SliceLayout(0, layout))
-    o_part = o_m[:, None] * RANK + o_r[None, :]
-    size = row_tiles * (ROWS * RANK)
-    for unit in range(gl.program_id(0), row_tiles * count, gl.num_programs(0)):
-        m, which = unit // count, unit % count
-        tile = m // 2
-        factor = gl.where(which == 0, scalings[0], gl.where(which == 1, scalings[1], scalings[2]))
-        begin = gl.where(which == 0, 0, gl.where(which == 1, begins[0], begins[1]))
-        lanes = gl.where(which == 0, many[0], gl.where(which == 1, many[1], many[2]))
-        await_count(p_arrived + which * (row_tiles // 2) + tile, lanes)
-        gl.thread_barrier()
-        for row in range(m * ROWS, (m + 1) * ROWS, SOME):
-            total = gl.zeros([SOME, RANK], gl.float32, layout)
-            for first in range(0, lanes, AT_ONCE):
-                for k in gl.static_range(AT_ONCE):
-                    p_rows = p_part + (begin + first + k).to(gl.int64) * size + row.to(gl.int64) * RANK
-                    there = (o_part >= 0) & (first + k < lanes)
-                    total += gl.load(p_rows + o_part, mask=there, other=0.0, cache_modifier=".cg")
-            total *= factor
-            mask = (row + o_m < rows)[:, None] & (o_r < rank)[None, :]
-            p_out = p_du + (row + o_m)[:, None].to(gl.int64) * du_stride + which * padded + o_r[None, :]
-            hi = total.to(p_du.dtype.element_ty)
-            gl.store(p_out, hi, mask=mask)
-            if PARTS == 2:
-                gl.store(p_out + rank, (total - hi.to(gl.float32)).to(hi.dtype), mask=mask)
-                gl.store(p_out + 2 * rank, hi, mask=mask)
-        rows_written(p_work + READY + tile)
-
-
 VARYING = (
     "n1 n2 n3 rows row_tiles width rank padded du_stride count stripes begin2 begin3 lanes1 lanes2 lanes3 lanes shares slabs_at"
 ).split()
@@ -381,6 +310,7 @@ def lora_dy_kernel(
     first = (lane - begin) * BLOCKS
     # behind the counts of du's parts, those of dB's
     p_slabs, p_shared = p_part + slabs_at.to(gl.int64), p_arrived + count * (row_tiles // 2)
+    makers = count * (2 * ROWS // unit_rows(RANK, JOINT))
     # named: a number written into the lists below is no constexpr
     even: gl.constexpr = 0
     odd: gl.constexpr = 1
@@ -392,9 +322,9 @@ def lora_dy_kernel(
             (_stream, (bs, p_scale, p_part, p_slabs, p_shared, p_db, p_da, s_b, s_du, memory, which, first, lane, own, row_tiles,
                        ns, width, rank, scalings, stripes, odd, RANK, BLOCKS, X_BLOCKS, JOINT, PARTS, SCALED, SHARED, STAGES,
                        T_STAGES)),
-            (_sum, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (lanes1, lanes2, lanes3), count, row_tiles, rows,
-                    rank, padded, du_stride, scalings, RANK, PARTS)),
-            (_produce, (ys, ts, d_x, d_du, p_work, memory, which, first, own, row_tiles, rank, padded, 2 * count, stripes, BLOCKS,
+            (sum_du, (p_part, p_du, p_work, p_arrived, (begin2, begin3), (lanes1, lanes2, lanes3), count, row_tiles, rows,
+                      rank, padded, du_stride, scalings, RANK, JOINT, PARTS)),
+            (_produce, (ys, ts, d_x, d_du, p_work, memory, which, first, own, row_tiles, rank, padded, makers, stripes, BLOCKS,
                         X_BLOCKS, JOINT, PARTS, STAGES, T_STAGES)),
             (_tell, (p_arrived, memory, which, own, row_tiles)),
         ],

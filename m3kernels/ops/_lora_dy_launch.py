@@ -11,7 +11,8 @@ from m3kernels.ops._beside import BLOCK_M, LEAST, LEAST_SHARED, PIECES, TILE, Cu
 from m3kernels.ops._common import cdiv, next_power_of_2, sm_count
 from m3kernels.ops._linear_hopper import BLOCK_N
 from m3kernels.ops._linear_launch import Matrix
-from m3kernels.ops._lora_dy_hopper import COLS, ROWS, Y_TILE, lora_dy_kernel
+from m3kernels.ops._lora_dy_hopper import Y_TILE, lora_dy_kernel
+from m3kernels.ops._lora_dy_sums import COLS, ROWS, unit_rows
 from m3kernels.ops._lora_launch import MOST, Layout, fill, three
 from m3kernels.ops._prepared import KEPT, Prepared
 
@@ -83,6 +84,10 @@ class Form(NamedTuple):
     def programs(self, ns: tuple[int, ...]) -> int:
         return self.shares * sum(self.lanes(ns))
 
+    def makers(self, layout: Layout) -> int:
+        """Stores of du of 128 rows that are counted."""
+        return layout.count * BLOCK_M.value // unit_rows(self.rank, layout.count)
+
     def slabs(self, ns: tuple[int, ...]) -> int:
         """Numbers of dB in the making."""
         return self.programs(ns) * self.blocks * COLS.value * self.rank if self.shares > 1 else 0
@@ -118,7 +123,7 @@ def best(
             into = PIECES[:1] if layout.count == MOST else PIECES
         busy = form.busy(rows, width, layout, ns)
         least = LEAST_SHARED if form.shares > 1 else LEAST
-        ends, cut = best_cut(busy, form.programs(ns), m_tiles * n_tiles, tile, sms, 2 * layout.count, into, least)
+        ends, cut = best_cut(busy, form.programs(ns), m_tiles * n_tiles, tile, sms, form.makers(layout), into, least)
         return ends + (0.0 if form.x_blocks else 2 * rows * width / AFTER), cut
 
     def with_lateness(form: Form) -> tuple[float, int]:

@@ -39,7 +39,8 @@ OUTER = {
     16: SkinnyConfig(128, 64, 4, 3, 2),
     48: SkinnyConfig(64, 64, 4, 3),
     64: SkinnyConfig(128, 64, 4, 3, 2),
-    192: SkinnyConfig(64, 64, 4, 3),
+    128: SkinnyConfig(64, 64, 4, 3),
+    192: SkinnyConfig(64, 64, 4, 3, 6),
 }
 # with dropout, and for fp32, where products are no business of tensor cores
 WIDE = SkinnyConfig(32, 64, 4, 1)
