@@ -150,8 +150,8 @@ ONE, ALL = 90e3, 2.4e6
 TILE = 0.0108
 # what a pass may be slower than its model before the product waits for it
 MARGIN = 1.1
-# into how many pieces a tile may be cut; microseconds that each takes longer, and what the way of all through the cache costs for
-# each; measured, too
+# into how many pieces a tile may be cut; microseconds that each takes longer (5 to 9 as stamped, and more beside the kernel that
+# makes dA), and what the way of all through the cache costs for each; measured, too
 PIECES, HANDED, PASSED = (2, 4), 10.0, 0.15
 # what a cut must gain, a fortieth at least, and where several programs share columns: such a pass is nearer to its model
 LEAST, LEAST_SHARED = 10.0, 4.0

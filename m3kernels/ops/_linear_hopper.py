@@ -43,7 +43,7 @@ BLOCK_N = gl.constexpr(256)
 BLOCK_K = gl.constexpr(64)
 STAGES = gl.constexpr(3)  # 144 KB, and 64 KB that results leave from
 PANEL = gl.constexpr(64)  # columns that leave side by side, and are joined at once of so many shares
-PANELS = gl.constexpr(4)
+PANELS = gl.constexpr(BLOCK_N.value // PANEL.value)
 AT_ONCE = gl.constexpr(4)
 
 A_TILE = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))

@@ -64,7 +64,7 @@ def _prepared(
     fits = dtype in (torch.bfloat16, torch.float16) and not any(n % 8 for n in ns)
     if not fits or m_tiles * n_tiles < sm_count(device):
         return None
-    left, piece = ((ROWS.value, BLOCK_K.value), A_TILE.value), ((ROWS.value, PANEL.value), B_TILE_ACROSS.value)
+    left, panel = ((ROWS.value, BLOCK_K.value), A_TILE.value), ((ROWS.value, PANEL.value), B_TILE_ACROSS.value)
     padded, width = layout.padded, layout.width
     if across:
         right = (BLOCK_K.value, BLOCK_N.value), B_TILE_ACROSS.value
@@ -81,7 +81,7 @@ def _prepared(
         low = Matrix(sum(ns), width, padded, *right)
         beyond = (*first[1:count], *[n_tiles] * (MOST - count))
     lefts = [Matrix(m, k, stride, *left) for k, stride in zip(ks, strides)]
-    outs = [Matrix(m, n, n, *piece) for n in ns]
+    outs = [Matrix(m, n, n, *panel) for n in ns]
     units = (cut.whole, cut.pieces, cut.units()) if cut else (m_tiles * n_tiles, 1, m_tiles * n_tiles)
     # where the second and the third output begin
     starts, k_tiles = (sum(ns[:1]), sum(ns[:2])), tuple(cdiv(k, BLOCK_K.value) for k in ks)

@@ -56,6 +56,7 @@ def share_db(sums, p_slabs, p_arrived, p_db, p_scale, factor, first, lane, own, 
     for unit in range(share, HALF * COLS // SOME, shares):
         column = unit * SOME
         col = (first + 2 * (column // COLS) + half) * COLS + column % COLS
+        # 64 columns of dy by one of B are 64 numbers
         loaded = ()
         for r in gl.static_range(0, RANK, FEW):
             for k in gl.static_range(MOST_SHARES):
@@ -101,7 +102,7 @@ def sum_du(p_part, p_du, p_work, p_arrived, begins, many, count, row_tiles, rows
     UNIT: gl.constexpr = unit_rows(RANK, JOINT)
     # few enough that several parts are on their way
     SOME: gl.constexpr = SUMMED // RANK
-    MANY: gl.constexpr = 6 if RANK == 64 else 4
+    MANY: gl.constexpr = 6 if RANK == 64 else 4  # six spill where du has two 16-bit parts
     size = (row_tiles * (ROWS * RANK)).to(gl.int64)
     units, programs = row_tiles * (ROWS // UNIT) * count, gl.num_programs(0)
     # layers differ in how many parts they have: each program takes turns with them
